@@ -1,0 +1,67 @@
+"""`nanogpt-flower sample`: text from a trained model, streamed."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from gpt_core import GPT, CheckpointError, ConfigError, Runtime, from_pretrained, stream
+from nanogpt_flower.artifacts import MODEL_DIRECTORY, TOKENIZER_FILE
+from shakespeare_data import CharTokenizer, DataError
+
+
+def load_model(directory: Path) -> tuple[GPT, CharTokenizer]:
+    """Model and tokenizer of a run directory, or of the `model/` in it."""
+    inside = directory / MODEL_DIRECTORY
+    directory = inside if inside.is_dir() else directory
+    return from_pretrained(directory), CharTokenizer.load(directory / TOKENIZER_FILE)
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    model, tokenizer = load_model(arguments.directory)
+    runtime = Runtime.resolve(device=arguments.device, compile="off")
+    prompt = torch.from_numpy(tokenizer.encode(arguments.prompt).astype("int64"))[None]
+    tokens = stream(
+        runtime.prepare(model),
+        prompt,
+        arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+    )
+    print(arguments.prompt, end="", flush=True)
+    for token in tokens:
+        print(tokenizer.decode([int(token)]), end="", flush=True)
+    print()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nanogpt-flower", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    command = commands.add_parser(
+        "sample",
+        help="stream text from a trained model",
+        epilog='example: nanogpt-flower sample runs/123 --prompt "ROMEO:" --tokens 500 --seed 1',
+    )
+    command.add_argument("directory", type=Path, help="a run directory, or the model/ in it")
+    command.add_argument("--prompt", default="\n", help="the text to go on from (a line break)")
+    command.add_argument("--tokens", type=int, default=500, help="characters to write (500)")
+    command.add_argument("--seed", type=int, help="of the draws; equal seeds, equal text")
+    command.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
+    command.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest; 0: all")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
+    command.set_defaults(run=sample)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; a bad input is one line on stderr and exit status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (CheckpointError, ConfigError, DataError, ValueError) as error:
+        print(f"nanogpt-flower: error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,124 @@
+"""The ClientApp: train and evaluate the global model on this client's own text."""
+
+import logging
+from collections.abc import Iterator
+from itertools import chain
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Context
+
+from flower_adapter import restore_state, save_state, torch_client_app
+from gpt_core import GPT, Progress, build_optimizer, evaluate, train_steps
+from gpt_core.train import Batch
+from nanogpt_flower.composition import check_vocabulary, model_config, runtime, seed_for
+from nanogpt_flower.settings import Settings
+from shakespeare_data import (
+    Batches,
+    CharTokenizer,
+    DataError,
+    Part,
+    epoch_batches,
+    load_corpus,
+    num_epoch_batches,
+    partition,
+    read_part,
+    sequential_batches,
+)
+
+logger = logging.getLogger("flwr.nanogpt_flower")
+
+
+def label(context: Context) -> str:
+    """This client's own name: its data directory, or its partition."""
+    node = context.node_config
+    if "data-path" in node:
+        return str(node["data-path"])
+    if "partition-id" in node and "num-partitions" in node:
+        return f"partition {int(node['partition-id']):04d} of {int(node['num-partitions'])}"
+    raise DataError(
+        f"the node config {dict(node)} names no data; give the SuperNode \"data-path='…'\", or "
+        '"partition-id=0 num-partitions=2"'
+    )
+
+
+def own_part(settings: Settings, config: ConfigRecord, context: Context) -> Part:
+    """The text of this client, checked against the model's vocabulary."""
+    node, needed = context.node_config, settings.block_size + 1
+    tokenizer = CharTokenizer.from_json(str(config["tokenizer"]))
+    name = label(context)
+    if "data-path" in node:
+        part = read_part(name, min_length=needed)
+    else:
+        corpus = load_corpus(str(config["corpus"]))
+        if corpus.sha256 != config["corpus-sha256"]:
+            raise DataError(
+                f"the corpus {corpus.name!r} of {name} has SHA-256 {corpus.sha256}; the server's "
+                f"has {config['corpus-sha256']!s}"
+            )
+        part = partition(
+            corpus,
+            tokenizer,
+            int(node["num-partitions"]),
+            int(node["partition-id"]),
+            min_length=needed,
+        )
+    check_vocabulary(name, part.tokenizer, tokenizer)
+    return part
+
+
+def build_model(config: ConfigRecord, context: Context) -> GPT:
+    settings = Settings.from_run_config(context.run_config)
+    tokenizer = CharTokenizer.from_json(str(config["tokenizer"]))
+    return GPT(model_config(settings, tokenizer.vocab_size))
+
+
+def training_batches(
+    part: Part, settings: Settings, seed: list[int]
+) -> tuple[Iterator[Batch], int]:
+    """Batches of one round and their number: `max-steps` random ones, or `local-epochs` passes."""
+    shape = (settings.batch_size, settings.block_size)
+    if settings.max_steps:
+        return iter(Batches(part.train, *shape, seed=seed)), settings.max_steps
+    epochs = (
+        epoch_batches(part.train, *shape, seed=[*seed, epoch])
+        for epoch in range(settings.local_epochs)
+    )
+    steps = settings.local_epochs * num_epoch_batches(part.train, *shape)
+    return chain.from_iterable(epochs), steps
+
+
+def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float]:
+    """One client's round: from the global model, with the optimizer state of its last round."""
+    settings = Settings.from_run_config(context.run_config)
+    part, name = own_part(settings, config, context), label(context)
+    seed = seed_for(settings, name, int(str(config["server-round"])))
+    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))  # dropout
+    run = runtime(settings)
+    logger.info("[%s] trains on %s characters: %s", name, f"{len(part.train):,}", run)
+
+    prepared = run.prepare(model)
+    optimizer = build_optimizer(model, settings.optimizer, learning_rate=settings.learning_rate)
+    state = restore_state(context, "optimizer")
+    if state is not None:
+        optimizer.load_state_dict(state)
+    batches, steps = training_batches(part, settings, seed)
+
+    def report(progress: Progress) -> None:
+        logger.info("[%s] %s", name, progress)
+
+    result = train_steps(prepared, batches, optimizer, steps=steps, runtime=run, on_progress=report)
+    save_state(context, "optimizer", optimizer.state_dict())
+    return {"train-loss": result.loss, "num-examples": len(part.train)}
+
+
+def evaluate_part(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float]:
+    """The global model's loss on this client's validation part, whole."""
+    settings = Settings.from_run_config(context.run_config)
+    part, run = own_part(settings, config, context), runtime(settings)
+    batches = sequential_batches(part.val, settings.batch_size, settings.block_size)
+    loss = evaluate(run.prepare(model), batches, runtime=run)
+    return {"val-loss": loss, "num-examples": len(part.val) - 1}
+
+
+app = torch_client_app(build_model, train, evaluate_part, label=label)

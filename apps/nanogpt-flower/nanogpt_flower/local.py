@@ -1,0 +1,276 @@
+"""A Flower federation on this machine for one run: processes on loopback that end with it.
+
+`flwr run` alone exits 0 when the run failed, and leaves a SuperLink behind that later runs reuse
+with the environment of today. Here a run has a `FLWR_HOME`, ports and processes of its own, its
+outcome is the exit status, and nothing is left running, after Ctrl-C too.
+
+    python -m nanogpt_flower.local simulate quick --app apps/nanogpt-flower
+    python -m nanogpt_flower.local deploy quick num-server-rounds=2 --app apps/nanogpt-flower
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import tomllib
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import psutil
+
+from shakespeare_data import load_corpus, write_partitions
+
+CONNECTION = "here"
+MARK = "NANOGPT_FLOWER_LOCAL"  # in the environment of every process that a federation starts
+START_SECONDS = 60.0
+END_SECONDS = 10.0
+
+
+class LocalRunError(RuntimeError):
+    """The federation could not start, or its run failed; the message says why."""
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Federation:
+    """A SuperLink with an empty state, and whatever joins it; a context manager that ends them."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.port = free_port()
+        self._mark = uuid.uuid4().hex
+        self._environment = os.environ | {
+            # Flower starts its own programs by bare name
+            "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
+            "FLWR_HOME": str(home),
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(self.port),
+            "RAY_DEDUP_LOGS": "0",  # else Ray takes two clients' progress for one line
+            MARK: self._mark,
+        }
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+            f'address = "127.0.0.1:{self.port}"\ninsecure = true\n',
+            encoding="utf-8",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start one of Flower's programs in the background, its log in `<home>/<name>.log`."""
+        with (self.home / f"{name}.log").open("wb") as log:
+            return subprocess.Popen(
+                [program(command[0]), *command[1:]],
+                env=self._environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
+            )
+
+    def start_superlink(self, *options: str) -> None:
+        """Start the SuperLink and wait until it answers.
+
+        Raises:
+            LocalRunError: if it ends or does not answer within a minute; its log is quoted.
+        """
+        command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port"]
+        process = self.start("superlink", [*command, str(self.port), *options])
+        deadline = time.monotonic() + START_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.1)
+        raise LocalRunError(f"the SuperLink did not start: {self.tail('superlink')}")
+
+    def start_supernode(self, name: str, node_config: str) -> None:
+        """Start a SuperNode that joins the SuperLink."""
+        link = ["--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port())]
+        self.start(name, ["flower-supernode", "--insecure", *link, "--node-config", node_config])
+
+    def run(self, app: Path, run_config: Mapping[str, Any], *options: str) -> None:
+        """`flwr run`, streamed, to the end of the run.
+
+        Raises:
+            LocalRunError: if the run could not be started or did not complete.
+        """
+        config = self.home / "run-config.toml"
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()]
+        config.write_text("".join(lines), encoding="utf-8")
+        command = [program("flwr"), "run", str(app), CONNECTION, "--stream", *options]
+        command += ["--run-config", str(config)] if run_config else []
+        if subprocess.run(command, env=self._environment, check=False).returncode:
+            raise LocalRunError("`flwr run` did not start the run; its message stands above")
+        status, details = self.outcome()
+        if status != "finished:completed":
+            raise LocalRunError(f"the run ended {status}: {details or 'see the log above'}")
+
+    def outcome(self) -> tuple[str, str]:
+        """Status and details of the newest run."""
+        listed = subprocess.run(
+            [program("flwr"), "list", CONNECTION, "--format", "json"],
+            env=self._environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        newest = json.loads(listed.stdout)["runs"][0]
+        return newest["status"], newest.get("status-details", "")
+
+    def tail(self, name: str, lines: int = 15) -> str:
+        """The end of a program's log."""
+        text = (self.home / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+        return "\n".join(text.splitlines()[-lines:])
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process that this federation started, however far down."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            return bool(process.environ().get(MARK) == self._mark)
+        except (psutil.Error, OSError):
+            return False  # another user's, or already gone
+
+    def end(self) -> None:
+        """End them all: asked first, killed after ten seconds."""
+        for process in self.processes():
+            _signal(process, signal.SIGTERM)
+        deadline = time.monotonic() + END_SECONDS
+        while time.monotonic() < deadline and self.processes():
+            time.sleep(0.2)
+        while remaining := self.processes():
+            for process in remaining:
+                _signal(process, signal.SIGKILL)
+            psutil.wait_procs(remaining, timeout=1.0)
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
+
+
+def program(name: str) -> str:
+    """The path of a program of this very environment, whatever is on PATH."""
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+def read_run_config(app: Path, preset: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The keys of a preset ("full" has none), then each `key=value` on top.
+
+    Raises:
+        LocalRunError: for an unknown preset, or an override that is not TOML.
+    """
+    names = sorted(path.stem for path in (app / "presets").glob("*.toml"))
+    if preset != "full" and preset not in names:
+        raise LocalRunError(f"the preset is {preset!r}; there are {', '.join(['full', *names])}")
+    config: dict[str, Any] = {}
+    if preset != "full":
+        config = tomllib.loads((app / "presets" / f"{preset}.toml").read_text(encoding="utf-8"))
+    for override in overrides:
+        key, _, value = override.partition("=")
+        try:
+            config[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError as error:
+            raise LocalRunError(
+                f"the override is {override!r}; it must be key=value with a TOML value "
+                f"(a text in quotes): {error}"
+            ) from error
+    return config
+
+
+def simulate(app: Path, run_config: Mapping[str, Any], *, num_clients: int, cpus: int) -> None:
+    """One run in the Simulation Runtime."""
+    with _temporary_federation() as federation:
+        federation.start_superlink("--simulation", "--isolation", "subprocess")
+        size = f"num-supernodes={num_clients} client-resources-num-cpus={cpus}"
+        federation.run(app, run_config, "--federation-config", size)
+
+
+def deploy(app: Path, run_config: Mapping[str, Any], *, num_clients: int, datasets: Path) -> None:
+    """One run in the Deployment Runtime: a SuperNode a part, each with its own directory."""
+    corpus = load_corpus(str(run_config.get("corpus", "auto")))
+    parts = write_partitions(corpus, num_clients, datasets)
+    with _temporary_federation() as federation:
+        federation.start_superlink()
+        for number, part in enumerate(parts):
+            node_config = f"data-path='{part.resolve()}'"
+            federation.start_supernode(f"supernode-{number}", node_config)
+        federation.run(app, {**run_config, "corpus": corpus.name})
+        for number in range(num_clients):
+            print(f"--- log of SuperNode {number}")
+            print(_trained(federation.home / f"supernode-{number}.log"))
+
+
+@contextmanager
+def _temporary_federation() -> Iterator[Federation]:
+    with (
+        tempfile.TemporaryDirectory(prefix="nanogpt-flower-") as home,
+        Federation(Path(home)) as federation,
+    ):
+        yield federation
+
+
+def _trained(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(line for line in lines if "trains on" in line or "ERROR" in line)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it; the exit status is 0 only if the run completed."""
+    parser = argparse.ArgumentParser(prog="python -m nanogpt_flower.local")
+    parser.add_argument("runtime", choices=("simulate", "deploy"))
+    parser.add_argument("arguments", nargs="*", metavar="[preset] key=value")
+    parser.add_argument("--app", type=Path, required=True, help="the app's directory")
+    parser.add_argument("--num-clients", type=int, default=2)
+    parser.add_argument("--cpus", type=int, default=1, help="of a simulated client (1)")
+    parser.add_argument("--datasets", type=Path, default=Path("datasets"), help="of deploy")
+    parsed = parser.parse_intermixed_args(argv)
+    preset = "quick"
+    overrides: list[str] = parsed.arguments
+    if overrides and "=" not in overrides[0]:
+        preset, *overrides = overrides
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        config = read_run_config(parsed.app, preset, overrides)
+        config.setdefault("output-dir", str(Path("runs").resolve()))
+        if parsed.runtime == "simulate":
+            simulate(parsed.app, config, num_clients=parsed.num_clients, cpus=parsed.cpus)
+        else:
+            deploy(parsed.app, config, num_clients=parsed.num_clients, datasets=parsed.datasets)
+    except (LocalRunError, ValueError) as error:
+        print(f"{parsed.runtime}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{parsed.runtime}: interrupted; every process has ended", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""The run config as one typed, validated dataclass; every key of `pyproject.toml` is here."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+Value = bool | int | float | str
+
+
+class SettingsError(ValueError):
+    """Run-config values that cannot work; the message names each key, its value and what may be."""
+
+
+def _key(default: Value, allowed: str, check: Callable[[Any], bool]) -> Any:
+    return field(default=default, metadata={"allowed": allowed, "check": check})
+
+
+def _count(default: int, *, least: int = 1) -> Any:
+    return _key(default, f"a whole number of at least {least}", lambda value: value >= least)
+
+
+def _choice(default: str, *choices: str) -> Any:
+    return _key(default, " or ".join(f'"{choice}"' for choice in choices), choices.__contains__)
+
+
+def _text(default: str, allowed: str) -> Any:
+    return _key(default, allowed, bool)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `flwr run --run-config` can set, in kebab case there."""
+
+    num_server_rounds: int = _count(5)
+    local_epochs: int = _count(1)
+    max_steps: int = _count(50, least=0)
+    learning_rate: float = _key(
+        1e-3, "a number above 0 and at most 1", lambda value: 0.0 < value <= 1.0
+    )
+    optimizer: str = _choice("adamw", "adamw", "muon")
+    batch_size: int = _count(64)
+    block_size: int = _count(256)
+    n_layer: int = _count(6)
+    n_head: int = _count(6)
+    n_embd: int = _count(384)
+    dropout: float = _key(
+        0.2, "a number of at least 0 and less than 1", lambda value: 0.0 <= value < 1.0
+    )
+    seed: int = _key(1337, "a whole number from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
+    corpus: str = _text(
+        "auto", '"auto", "tiny-shakespeare", "nine-plays", or the path of a UTF-8 text file'
+    )
+    device: str = _text("auto", '"auto", "cpu", "cuda" or "mps"')
+    precision: str = _choice("auto", "auto", "fp32", "bf16")
+    compile: str = _choice("auto", "auto", "on", "off")
+    fraction_train: float = _key(
+        1.0, "a number above 0 and at most 1", lambda value: 0.0 < value <= 1.0
+    )
+    fraction_evaluate: float = _key(
+        1.0, "a number of at least 0 and at most 1", lambda value: 0.0 <= value <= 1.0
+    )
+    sample_tokens: int = _count(500, least=0)
+    sample_prompt: str = _text("\n", "a text of at least one character of the vocabulary")
+    temperature: float = _key(0.8, "a number of at least 0", lambda value: 0.0 <= value < 1e6)
+    top_k: int = _count(0, least=0)
+    output_dir: str = _text("runs", "a directory that can be written")
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Value]) -> "Settings":
+        """Check every key at once.
+
+        Raises:
+            SettingsError: naming each bad key, its value and what is allowed.
+        """
+        values, wrong = {}, []
+        known = {item.name.replace("_", "-"): item for item in fields(cls)}
+        for key, value in run_config.items():
+            if key not in known:
+                wrong.append(f"{key} is no setting of this app")
+                continue
+            item = known[key]
+            if item.type is float and type(value) is int:
+                value = float(value)
+            if type(value) is not item.type or not item.metadata["check"](value):
+                wrong.append(f"{key} is {value!r}; it must be {item.metadata['allowed']}")
+            values[item.name] = value
+        n_embd, n_head = (values.get(name, known_default(name)) for name in ("n_embd", "n_head"))
+        if not wrong and n_embd % n_head:
+            wrong.append(f"n-embd is {n_embd}; it must be divisible by n-head, which is {n_head}")
+        if wrong:
+            raise SettingsError("; ".join(wrong))
+        return cls(**values)  # type: ignore[arg-type]
+
+    def to_run_config(self) -> dict[str, Value]:
+        """All settings under their run-config keys."""
+        return {name.replace("_", "-"): value for name, value in asdict(self).items()}
+
+
+def known_default(name: str) -> Any:
+    return next(item.default for item in fields(Settings) if item.name == name)

@@ -1,0 +1,76 @@
+import random
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, RecordDict
+
+from shakespeare_data import CharTokenizer, load_corpus
+
+APP = Path(__file__).parents[1]
+TINY = {
+    "n-layer": 1,
+    "n-head": 2,
+    "n-embd": 16,
+    "block-size": 16,
+    "batch-size": 8,
+    "max-steps": 20,
+    "num-server-rounds": 2,
+    "sample-tokens": 20,
+    "device": "cpu",
+    "learning-rate": 0.01,
+}
+
+
+@pytest.fixture(scope="session")
+def app_directory() -> Path:
+    return APP
+
+
+@pytest.fixture(scope="session")
+def default_run_config() -> dict[str, Any]:
+    project = tomllib.loads((APP / "pyproject.toml").read_text(encoding="utf-8"))
+    return dict(project["tool"]["flwr"]["app"]["config"])
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8,000 characters of a language with a rhythm that a model can learn."""
+    choice = random.Random(0).choice
+    words = [choice(["to be", "or not", "my lord", "good night", "sweet"]) for _ in range(2000)]
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n".join(words)[:8000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny(text_file: Path) -> dict[str, Any]:
+    return TINY | {"corpus": str(text_file)}
+
+
+@pytest.fixture
+def to_clients(text_file: Path) -> ConfigRecord:
+    """What the server sends along with the model."""
+    corpus = load_corpus(str(text_file))
+    tokenizer = CharTokenizer.from_text(corpus.text)
+    return ConfigRecord(
+        {
+            "tokenizer": tokenizer.to_json(),
+            "corpus": corpus.name,
+            "corpus-sha256": corpus.sha256,
+            "server-round": 1,
+        }
+    )
+
+
+@pytest.fixture
+def context(default_run_config: dict[str, Any], tiny: dict[str, Any]) -> Callable[..., Context]:
+    def make(node_config: dict[str, Any] | None = None, **run_config: Any) -> Context:
+        node = {"partition-id": 0, "num-partitions": 2} if node_config is None else node_config
+        changed = {key.replace("_", "-"): value for key, value in run_config.items()}
+        config = default_run_config | tiny | changed
+        return Context(1, 2, node, RecordDict(), config)
+
+    return make

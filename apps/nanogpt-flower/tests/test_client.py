@@ -1,0 +1,127 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context
+
+from nanogpt_flower.client_app import build_model, evaluate_part, label, own_part, train
+from nanogpt_flower.composition import VocabularyMismatch
+from nanogpt_flower.settings import Settings
+from shakespeare_data import CharTokenizer, DataError, load_corpus, write_partitions
+
+MakeContext = Callable[..., Context]
+
+
+def trained(context: Context, config: ConfigRecord) -> tuple[torch.nn.Module, dict[str, float]]:
+    torch.manual_seed(0)
+    model = build_model(config, context)
+    return model, train(model, config, context)
+
+
+def test_a_round_of_training_lowers_the_loss_on_the_validation_part(
+    context: MakeContext, to_clients: ConfigRecord
+) -> None:
+    here = context()
+    before = evaluate_part(build_model(to_clients, here), to_clients, here)
+    model, metrics = trained(here, to_clients)
+    after = evaluate_part(model, to_clients, here)
+    assert after["val-loss"] < before["val-loss"] - 0.5
+    assert metrics["num-examples"] == 3600
+    assert after["num-examples"] == 399
+
+
+def test_equal_seeds_train_equal_models_and_rounds_differ(
+    context: MakeContext, to_clients: ConfigRecord
+) -> None:
+    first, again = trained(context(), to_clients), trained(context(), to_clients)
+    assert first[1] == again[1]
+    later = ConfigRecord({**to_clients, "server-round": 2})
+    assert trained(context(), later)[1]["train-loss"] != first[1]["train-loss"]
+
+
+def test_the_optimizer_goes_on_where_its_last_round_ended(
+    context: MakeContext, to_clients: ConfigRecord
+) -> None:
+    """Two rounds of 10 steps with the kept state differ from two without it."""
+    kept, forgotten = context(max_steps=10), context(max_steps=10)
+    model, _ = trained(kept, to_clients)
+    with_state = train(model, to_clients, kept)
+    model, _ = trained(forgotten, to_clients)
+    for key in list(forgotten.state):
+        del forgotten.state[key]
+    without_state = train(model, to_clients, forgotten)
+    assert with_state["train-loss"] != without_state["train-loss"]
+
+
+def test_without_a_step_limit_an_epoch_sees_every_window_once(
+    context: MakeContext, to_clients: ConfigRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nanogpt_flower.client_app as client_app
+
+    settings = Settings.from_run_config(context(max_steps=0, local_epochs=2).run_config)
+    part = own_part(settings, to_clients, context())
+    batches, steps = client_app.training_batches(part, settings, [1, 2, 3])
+    starts = [row[:16].tobytes() for x, _ in batches for row in x.numpy()]
+    windows = part.train[: len(part.train) // 16 * 16].reshape(-1, 16).astype(np.int64)
+    windows = windows[: (len(part.train) - 1) // 16]
+    assert steps == 2 * -(-len(windows) // 8)
+    assert sorted(starts) == sorted(2 * [window.tobytes() for window in windows])
+
+
+def test_a_data_path_is_trained_on_and_nothing_else(
+    context: MakeContext, to_clients: ConfigRecord, text_file: Path, tmp_path: Path
+) -> None:
+    parts = write_partitions(load_corpus(str(text_file)), 2, tmp_path)
+    here = context({"data-path": str(parts[1]), "partition-id": 0, "num-partitions": 2})
+    settings = Settings.from_run_config(here.run_config)
+    elsewhere = ConfigRecord({**to_clients, "corpus": "no such corpus"})
+    part = own_part(settings, elsewhere, here)
+    expected = np.fromfile(parts[1] / "train.bin", dtype="<u2")
+    assert np.array_equal(part.train, expected)
+    assert label(here) == str(parts[1])
+
+
+def test_a_part_of_another_vocabulary_is_refused_with_both_named(
+    context: MakeContext, to_clients: ConfigRecord, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("zyxw" * 500, encoding="utf-8")
+    (part, *_) = write_partitions(load_corpus(str(other)), 2, tmp_path)
+    with pytest.raises(VocabularyMismatch) as caught:
+        trained(context({"data-path": str(part)}), to_clients)
+    message = str(caught.value)
+    model = CharTokenizer.from_json(str(to_clients["tokenizer"]))
+    assert str(part) in message
+    assert f"{model.vocab_size} characters" in message
+    assert "only in the part: 'xz'" in message
+
+
+def test_another_corpus_than_the_servers_is_refused(
+    context: MakeContext, to_clients: ConfigRecord
+) -> None:
+    other = ConfigRecord({**to_clients, "corpus-sha256": "0" * 64})
+    with pytest.raises(DataError, match="has SHA-256"):
+        trained(context(), other)
+
+
+def test_a_part_too_short_for_the_block_is_refused(
+    context: MakeContext, to_clients: ConfigRecord
+) -> None:
+    with pytest.raises(DataError, match="1000"):
+        trained(context(block_size=1000), to_clients)
+
+
+def test_more_clients_than_the_text_can_feed_are_refused(
+    context: MakeContext, to_clients: ConfigRecord
+) -> None:
+    with pytest.raises(DataError, match="500"):
+        trained(context({"partition-id": 3, "num-partitions": 500}), to_clients)
+
+
+def test_a_node_without_data_is_told_what_to_give(
+    context: MakeContext, to_clients: ConfigRecord
+) -> None:
+    with pytest.raises(DataError, match="data-path"):
+        trained(context({}), to_clients)

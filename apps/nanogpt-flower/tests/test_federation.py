@@ -1,0 +1,139 @@
+"""Real runs of Flower's two runtimes, with a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from nanogpt_flower.local import MARK
+
+
+def command(runtime: str, app: Path, settings: dict[str, Any], *options: str) -> list[str]:
+    pairs = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    start = [sys.executable, "-m", "nanogpt_flower.local", runtime, "full", *pairs]
+    return [*start, "--app", str(app), *options]
+
+
+def run(runtime: str, app: Path, settings: dict[str, Any], *options: str) -> tuple[int, str]:
+    """Exit status and everything that was printed."""
+    finished = subprocess.run(
+        command(runtime, app, settings, *options),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    return finished.returncode, finished.stdout + finished.stderr
+
+
+def run_directories(output: Path) -> list[Path]:
+    return sorted(output.iterdir()) if output.exists() else []
+
+
+def left_over() -> list[str]:
+    """Programs still alive that a federation of ours started."""
+    alive = []
+    for process in psutil.process_iter():
+        try:
+            if MARK in process.environ():
+                alive.append(" ".join(process.cmdline()))
+        except (psutil.Error, OSError):
+            continue
+    return alive
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    yield
+    assert left_over() == []
+
+
+def test_two_simulated_runs_of_one_seed_have_equal_metrics(
+    app_directory: Path, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    metrics = []
+    for name in ("first", "second"):
+        output = tmp_path / name
+        settings = tiny | {"output-dir": str(output), "dropout": 0.1, "optimizer": "muon"}
+        clients = ("--num-clients", "3")
+        status, printed = run("simulate", app_directory, settings, *clients)
+        assert status == 0, printed
+        (directory,) = run_directories(output)
+        metrics.append((directory / "metrics.jsonl").read_text())
+    assert metrics[0] == metrics[1]
+
+    rows = [json.loads(line) for line in metrics[0].splitlines()]
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    assert rows[2]["val_loss"] < rows[0]["val_loss"] - 0.5
+    assert rows[2]["clients"] == 3
+    files = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    model = {f"model/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    assert files == {"config.json", "metrics.jsonl", "sample.txt", "curve.png", *model}
+    assert f"output: {directory}" in printed
+    assert "tokens/s" in printed
+
+
+def test_a_bad_setting_ends_the_run_before_any_client_works(
+    app_directory: Path, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = tiny | {"n-head": 3, "output-dir": str(tmp_path)}
+    status, printed = run("simulate", app_directory, settings)
+    assert status != 0
+    assert "n-embd is 16; it must be divisible by n-head, which is 3" in printed
+    assert "trains on" not in printed
+    assert run_directories(tmp_path) == []
+
+
+def test_a_run_whose_clients_all_fail_fails_with_their_reason(
+    app_directory: Path, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = tiny | {"block-size": 500, "output-dir": str(tmp_path)}
+    status, printed = run("simulate", app_directory, settings)
+    assert status != 0
+    assert "RoundFailed" in printed
+    assert "501" in printed.split("error:")[-1]
+
+
+def test_ctrl_c_ends_every_process(
+    app_directory: Path, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = tiny | {"max-steps": 1_000_000, "output-dir": str(tmp_path)}
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command("simulate", app_directory, settings),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while "trains on" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert "trains on" in log.read_text()
+        assert left_over()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(60) == 130
+
+
+def test_supernodes_train_on_their_own_directories(
+    app_directory: Path, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = tiny | {"num-server-rounds": 1, "output-dir": str(tmp_path / "runs")}
+    datasets = tmp_path / "datasets"
+    status, printed = run("deploy", app_directory, settings, "--datasets", str(datasets))
+    assert status == 0, printed
+    for number in range(2):
+        _, of_this_node = printed.split(f"--- log of SuperNode {number}\n")
+        first = of_this_node.splitlines()[0]
+        assert f"[{datasets}/shakespeare_part_{number}] trains on 3,600 characters" in first
+    (directory,) = run_directories(tmp_path / "runs")
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+    assert rows[1]["val_loss"] < rows[0]["val_loss"]

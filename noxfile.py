@@ -1,0 +1,166 @@
+"""Every job of this repository; `nox -l` lists them."""
+
+import json
+import re
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "typecheck", "tests"]
+
+ROOT = Path(__file__).parent
+LIBRARIES = ["packages/gpt-core", "packages/shakespeare-data", "packages/flower-adapter"]
+APP = "apps/nanogpt-flower"
+PACKAGES = [*LIBRARIES, APP]
+INTERRUPT = {"interrupt_timeout": 60.0, "terminate_timeout": 30.0}  # time to end its processes
+
+
+def project(package: str) -> dict[str, object]:
+    """The `[project]` table of a package."""
+    return tomllib.loads((ROOT / package / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def needed(package: str) -> list[str]:
+    """The directories to install with a package: itself, and what it needs of the others."""
+    return LIBRARIES if package == APP else []
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install with pip, at the tested versions."""
+    session.install("--no-compile", "-c", "constraints.txt", *requirements)
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=[Path(package).name for package in PACKAGES])
+def tests(session: nox.Session, package: str) -> None:
+    """Test a package in an environment of its own; arguments go to pytest."""
+    install(session, *needed(package), f"{package}[test]")
+    session.run("pytest", f"{package}/tests", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff."""
+    install(session, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Check types with mypy --strict."""
+    install(session, "mypy", *LIBRARIES, f"{APP}[local]")
+    for package in LIBRARIES:
+        session.run("mypy", "--strict", f"{package}/src")
+    session.run("mypy", "--strict", f"{APP}/nanogpt_flower")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure every package against plain references, and print one table of ratios."""
+    install(session, *(f"{package}[bench]" for package in PACKAGES))
+    kept = ROOT / ".benchmarks"
+    kept.mkdir(exist_ok=True)
+    rows = []
+    for package in PACKAGES:
+        results = kept / f"{Path(package).name}.json"
+        session.run(
+            "pytest",
+            f"{package}/benchmarks",
+            "--benchmark-only",
+            "--benchmark-disable-gc",
+            f"--benchmark-json={results}",
+            "-q",
+            "--no-header",
+            "--benchmark-columns=median,iqr,rounds",
+            *session.posargs,
+        )
+        rows += [row(Path(package).name, found) for found in read_benchmarks(results)]
+    header = ("package", "what", "ours", "reference", "ratio", "ours a second", "reference is")
+    print_table([header, *rows])
+    session.log("the full figures are in %s", kept)
+
+
+def read_benchmarks(results: Path) -> list[dict]:
+    return json.loads(results.read_text(encoding="utf-8"))["benchmarks"]
+
+
+def row(package: str, found: dict) -> tuple[str, ...]:
+    """One line of the table: medians of both sides, and how many times faster ours is."""
+    about, ours = found["extra_info"], found["stats"]["median"]
+    reference = about["reference_seconds"]
+    return (
+        package,
+        re.sub(r"^test_", "", found["name"]).replace("_", " "),
+        f"{ours * 1e3:,.2f} ms",
+        f"{reference * 1e3:,.2f} ms",
+        f"{reference / ours:.1f}x",
+        f"{about['amount'] / ours:,.0f} {about['unit']}",
+        about["reference"],
+    )
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
+    for line in rows:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build wheels and sdists; try each wheel alone in an empty environment."""
+    install(session, "build")
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    for package in PACKAGES:
+        session.run("python", "-m", "build", "--outdir", str(dist), package)
+    for package in PACKAGES:
+        empty = Path(session.create_tmp()) / f"{Path(package).name}-alone"
+        shutil.rmtree(empty, ignore_errors=True)
+        session.run("python", "-m", "venv", str(empty))
+        python = str(empty / ("Scripts" if sys.platform == "win32" else "bin") / "python")
+        name = str(project(package)["name"])
+        module = name.replace("-", "_")
+        wheel = next(dist.glob(f"{module}-*.whl"))
+        found = ["--find-links", str(dist)] if package == APP else []
+        options = ["--no-compile", "-c", "constraints.txt", *found]
+        session.run(python, "-m", "pip", "install", "-q", *options, str(wheel), external=True)
+        code = f"import {module}; print('imported', {module}.__name__)"
+        session.run(python, "-I", "-c", code, external=True)
+        example = readme_example(ROOT / package / "README.md")
+        if example:
+            session.run(python, "-I", "-c", example, external=True)
+            session.log("the example of %s/README.md ran", package)
+
+
+def readme_example(readme: Path) -> str:
+    """The Python block that follows the line `<!-- example -->`, if there is one."""
+    text = readme.read_text(encoding="utf-8")
+    found = re.search(r"<!-- example -->\n```python\n(.*?)```", text, flags=re.DOTALL)
+    return found[1] if found else ""
+
+
+@nox.session
+def simulate(session: nox.Session) -> None:
+    """Train in Flower's Simulation Runtime: [quick|full] [key=value ...]."""
+    federate(session, "simulate")
+
+
+@nox.session
+def deploy(session: nox.Session) -> None:
+    """Train on a real SuperLink and SuperNodes on this machine: [quick|full] [key=value ...]."""
+    federate(session, "deploy")
+
+
+def federate(session: nox.Session, runtime: str) -> None:
+    install(session, *LIBRARIES, f"{APP}[local]")
+    command = ["python", "-m", "nanogpt_flower.local", runtime, "--app", APP, *session.posargs]
+    session.run(*command, **INTERRUPT)

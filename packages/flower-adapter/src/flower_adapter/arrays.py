@@ -1,0 +1,255 @@
+"""Any torch module to a Flower `ArrayRecord` and back.
+
+- Tied weights travel once.
+- bfloat16 and float8, which numpy lacks, travel as float32: every such value is a float32, so the
+  round trip is exact and a server that averages `array.numpy()` averages numbers, not bits.
+- Names are those of the bare module: what `torch.compile` and `DistributedDataParallel` put in
+  front is taken off.
+- Loading checks everything before it writes anything.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from flower_adapter import npy
+
+_FLOAT8 = (
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+)
+
+WIRE_DTYPES: dict[torch.dtype, type[np.generic]] = {
+    torch.bool: np.bool_,
+    torch.uint8: np.uint8,
+    torch.uint16: np.uint16,
+    torch.uint32: np.uint32,
+    torch.uint64: np.uint64,
+    torch.int8: np.int8,
+    torch.int16: np.int16,
+    torch.int32: np.int32,
+    torch.int64: np.int64,
+    torch.float16: np.float16,
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.complex64: np.complex64,
+    torch.complex128: np.complex128,
+    torch.bfloat16: np.float32,
+    **dict.fromkeys(_FLOAT8, np.float32),
+}
+
+WIDENED = frozenset({torch.bfloat16, *_FLOAT8})
+
+
+T = TypeVar("T")
+
+
+class ArrayMismatch(ValueError):
+    """The arrays do not fit the module; nothing was loaded.
+
+    Attributes:
+        module_name: the class of the module.
+        mismatches: for each name what it is and what it should be.
+    """
+
+    def __init__(self, module_name: str, mismatches: Mapping[str, str]) -> None:
+        super().__init__(module_name, mismatches)
+        self.module_name = module_name
+        self.mismatches = mismatches
+
+    def __str__(self) -> str:
+        lines = [f"  {name} {mismatch}" for name, mismatch in self.mismatches.items()]
+        return "\n".join([f"arrays do not fit {self.module_name}:", *lines])
+
+
+def to_arrays(module_or_state_dict: nn.Module | Mapping[str, Tensor]) -> ArrayRecord:
+    """The parameters and persistent buffers of a module, named as in its `state_dict`.
+
+    Of names that share storage, offset, shape and stride only the first in `state_dict` order is
+    in the record. Dtypes stay, except bfloat16 and float8, which become float32 (exactly).
+
+    Raises:
+        TypeError: an entry is no dense tensor with data of a supported dtype, or a module's
+            `state_dict` gives an entry that is no parameter or buffer of it (extra state).
+        ValueError: two names differ only in what `torch.compile` puts into them.
+    """
+    tensors = _named_tensors(module_or_state_dict)
+    record = ArrayRecord()
+    for name, *_ in _tied_names(tensors):
+        record[name] = npy.to_array(_wire_values(tensors[name]))
+    return record
+
+
+def load_arrays(module: nn.Module, record: ArrayRecord) -> None:
+    """Copy `record`, as `to_arrays` makes it, into the parameters and buffers of `module`.
+
+    A tied weight needs one of its names in the record; where there are several they must agree.
+    A float array for an integer or bool buffer, which plain averaging makes, is rounded. A float
+    array of another width, or an integer array, is cast to a float parameter.
+
+    Raises:
+        ArrayMismatch: names are missing or unexpected, shapes differ, or values cannot be cast
+            (complex to real, NaN to integer, out of range). The module is as before.
+        TypeError: as in `to_arrays`.
+    """
+    tensors = _named_tensors(module)
+    arrays = _canonical_names(record)
+    fitted: list[tuple[Tensor, NDArray[Any] | Tensor]] = []
+    mismatches: dict[str, str] = {}
+    for names in _tied_names(tensors):
+        target = tensors[names[0]]
+        sent = [name for name in names if name in arrays]
+        if not sent:
+            mismatches[names[0]] = f"is missing, should be {_describe(target)}"
+        for name in sent:
+            try:
+                values = _fit(arrays[name], target)
+            except ValueError as err:
+                mismatches[name] = str(err)
+                continue
+            if name == sent[0]:
+                fitted.append((target, values))
+            elif arrays[name].data != arrays[sent[0]].data:
+                mismatches[name] = f"differs from {sent[0]}, should equal it: they are tied"
+    for name, array in arrays.items():
+        if name not in tensors:
+            mismatches[name] = f"is {_describe(array)}, should not be there"
+    if mismatches:
+        raise ArrayMismatch(type(module).__name__, mismatches)
+    with torch.no_grad():
+        for target, values in fitted:
+            _write(target, values)
+
+
+def _named_tensors(module_or_state_dict: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not isinstance(module_or_state_dict, nn.Module):
+        return _canonical_names(_checked(module_or_state_dict))
+    tensors = _checked(module_or_state_dict.state_dict())
+    held = (*module_or_state_dict.parameters(), *module_or_state_dict.buffers())
+    live = {t.untyped_storage().data_ptr() for t in held if t.layout == torch.strided}
+    for name, tensor in tensors.items():
+        if tensor.untyped_storage().data_ptr() not in live:
+            raise TypeError(f"{name} is extra state, should be a parameter or buffer of the module")
+    return _canonical_names(tensors)
+
+
+def _checked(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, should be a tensor")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in WIRE_DTYPES:
+            allowed = ", ".join(_dtype_name(dtype) for dtype in WIRE_DTYPES)
+            raise TypeError(
+                f"{name} is {_describe(tensor)}, layout {tensor.layout}, on {tensor.device}; "
+                f"should be a dense tensor with data, of {allowed}"
+            )
+    return state_dict
+
+
+def _canonical_names(named: Mapping[str, T]) -> dict[str, T]:
+    """`named` by the names of the bare module, in the same order."""
+    names = [".".join(part for part in name.split(".") if part != "_orig_mod") for name in named]
+    while names and all(name.startswith("module.") for name in names):
+        names = [name.removeprefix("module.") for name in names]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"names differ only in _orig_mod: {', '.join(twice)}")
+    return dict(zip(names, named.values(), strict=True))
+
+
+def _tied_names(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each distinct tensor, in the order of the first."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in tensors.items():
+        key = (
+            tensor.untyped_storage().data_ptr(),
+            tensor.device,
+            tensor.dtype,
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+        )
+        # Empty tensors have no storage to share.
+        groups.setdefault(key if tensor.numel() else name, []).append(name)
+    return list(groups.values())
+
+
+def _wire_values(tensor: Tensor) -> NDArray[Any]:
+    if tensor.dtype in WIDENED:
+        tensor = tensor.float()
+    return numpy_values(tensor)
+
+
+def numpy_values(tensor: Tensor) -> NDArray[Any]:
+    """A dense tensor of a dtype that numpy has, as a C-ordered array."""
+    values: NDArray[Any] = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().numpy()
+    return values
+
+
+def _fit(array: Array, target: Tensor) -> NDArray[Any] | Tensor:
+    """The values of `array` in the dtype of `target`, or a ValueError saying what is wrong."""
+    values = npy.from_array(array)
+    if values.shape != tuple(target.shape):
+        raise ValueError(f"is {_describe(values)}, should be {_describe(target)}")
+    wire = np.dtype(WIRE_DTYPES[target.dtype])
+    if values.dtype != wire:
+        values = _cast(values, wire)
+    if target.dtype not in WIDENED:
+        return values
+    narrowed = torch.from_numpy(np.array(values)).to(target.dtype)
+    if np.any(np.isfinite(values) & ~np.isfinite(narrowed.float().numpy())):
+        raise ValueError(f"holds values outside {_dtype_name(target.dtype)}")
+    return narrowed
+
+
+def _cast(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    allowed = {"b": "biuf", "i": "biuf", "u": "biuf", "f": "biuf", "c": "biufc"}[dtype.kind]
+    if values.dtype.kind not in allowed:
+        raise ValueError(f"is {_describe(values)}, which cannot be cast to {dtype}")
+    if dtype.kind in "biu":
+        return _round(values, dtype)
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    if np.any(np.isfinite(values) & ~np.isfinite(cast)):
+        raise ValueError(f"holds values outside {dtype}")
+    return cast
+
+
+def _round(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise ValueError(f"is {values.dtype} with NaN or Inf, should be {dtype}")
+        values = np.rint(values)
+    low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    # Python integers, since float(2**63 - 1) is 2**63.
+    if values.size and not (low <= int(values.min()) and int(values.max()) <= high):
+        raise ValueError(f"holds {values.min()} to {values.max()}, should be {low} to {high}")
+    return values.astype(dtype)
+
+
+def _write(target: Tensor, values: NDArray[Any] | Tensor) -> None:
+    if isinstance(values, Tensor):
+        target.copy_(values)
+    elif target.device.type == "cpu" and not (target.is_conj() or target.is_neg()):
+        # One copy: torch.from_numpy would need a second, writable one.
+        np.copyto(target.numpy(), values)
+        torch.autograd.graph.increment_version(target)
+    else:
+        target.copy_(torch.from_numpy(np.array(values)))
+
+
+def _describe(values: Tensor | Array | NDArray[Any]) -> str:
+    dtype = _dtype_name(values.dtype) if isinstance(values, Tensor) else str(values.dtype)
+    return f"{dtype} {tuple(values.shape)}"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,49 @@
+"""The seed shape (6 layers, 6 heads, 384 wide, block 256, batch 64, dropout 0.2) against `plain`."""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from plain import PlainGPT
+
+from gpt_core import GPT, GPTConfig, Runtime, build_optimizer, generate, train_steps
+
+CONFIG = GPTConfig()
+
+
+def test_training_step(compare: Callable[..., None]) -> None:
+    x, y = torch.randint(CONFIG.vocab_size, (2, 64, CONFIG.block_size))
+    runtime = Runtime.resolve()
+    ours = runtime.prepare(GPT(CONFIG))
+    optimizer = build_optimizer(ours, learning_rate=1e-3)
+    batch = itertools.repeat((x, y))
+
+    plain = PlainGPT(CONFIG, dropout=0.2)
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+
+    def plain_step() -> None:
+        plain(x, y)[1].backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        plain_optimizer.step()
+        plain_optimizer.zero_grad()
+
+    compare(
+        lambda: train_steps(ours, batch, optimizer, steps=1, runtime=runtime),
+        plain_step,
+        reference_name="plain fp32 eager, dropout everywhere",
+        amount=x.numel(),
+        unit="tokens",
+        rounds=3,
+    )
+
+
+def test_generation_of_256_tokens(compare: Callable[..., None]) -> None:
+    prompt = torch.zeros(1, 16, dtype=torch.int64)
+    ours, plain = GPT(CONFIG).eval(), PlainGPT(CONFIG, dropout=0.2).eval()
+    compare(
+        lambda: generate(ours, prompt, 256),
+        lambda: plain.generate(prompt, 256),
+        reference_name="recomputing the window for each token",
+        amount=256,
+        unit="tokens",
+    )

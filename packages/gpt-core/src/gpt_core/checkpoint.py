@@ -1,0 +1,75 @@
+"""A model on disk: `config.json` and `model.safetensors`."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from gpt_core.config import ConfigError, GPTConfig
+from gpt_core.model import GPT
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_TIED = "lm_head.weight"  # the same tensor as transformer.wte.weight, stored once
+
+
+class CheckpointError(ValueError):
+    """A model directory that cannot be loaded; the message names the file and what is wrong."""
+
+
+def save_pretrained(model: GPT, directory: str | Path) -> None:
+    """Write `config.json` and `model.safetensors`, each beside its place and then moved into it."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().to("cpu").contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != _TIED
+    }
+    settings = json.dumps(model.config.to_dict(), indent=2) + "\n"
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
+        save_file(tensors, Path(beside) / WEIGHTS_FILE, metadata={"format": "pt"})
+        (Path(beside) / CONFIG_FILE).write_text(settings, encoding="utf-8")
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            (Path(beside) / name).replace(directory / name)
+
+
+def from_pretrained(directory: str | Path) -> GPT:
+    """The model that `save_pretrained` wrote, on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: for a missing or unreadable file, an unknown setting, or tensors whose
+            names or shapes do not fit the configuration (each is named).
+    """
+    directory = Path(directory)
+    model = GPT(_read_config(directory / CONFIG_FILE))
+    weights = directory / WEIGHTS_FILE
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{weights} cannot be read: {error}") from error
+    expected = {name: t.shape for name, t in model.state_dict().items() if name != _TIED}
+    wrong = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
+    wrong += [
+        f"{name} is not part of the model" for name in sorted(tensors.keys() - expected.keys())
+    ]
+    wrong += [
+        f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{weights} does not fit {CONFIG_FILE}: {'; '.join(wrong)}")
+    model.load_state_dict(tensors, strict=False)
+    return model.eval()
+
+
+def _read_config(path: Path) -> GPTConfig:
+    try:
+        return GPTConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (json.JSONDecodeError, ConfigError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a model configuration: {error}") from error

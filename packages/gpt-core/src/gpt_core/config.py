@@ -1,0 +1,56 @@
+"""The shape of a GPT."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A model setting that cannot work; the message names it, its value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """nanoGPT's baby GPT by default: 10.65M parameters without position embeddings.
+
+    Raises:
+        ConfigError: for a shape or a rate that cannot work.
+    """
+
+    vocab_size: int = 65  # distinct tokens
+    block_size: int = 256  # tokens of context
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384  # channels; must be divisible by n_head
+    dropout: float = 0.2  # on embeddings and on both residual branches
+    attention_dropout: float = (
+        0.0  # inside attention; above 0 the fused kernel cannot serve on a CPU
+    )
+    bias: bool = False  # in linear layers and layer norms
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if self.n_embd % self.n_head:
+            raise ConfigError(
+                f"n_embd is {self.n_embd}; it must be divisible by n_head, which is {self.n_head}"
+            )
+        for name in ("dropout", "attention_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+                raise ConfigError(f"{name} is {value!r}; it must be at least 0 and less than 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "GPTConfig":
+        """The inverse of `to_dict`; an unknown key is refused by name."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ConfigError(f"unknown model settings {unknown}; allowed are {sorted(known)}")
+        return cls(**settings)

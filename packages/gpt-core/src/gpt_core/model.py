@@ -1,0 +1,233 @@
+"""The GPT of nanoGPT, with its parameter names.
+
+What is special about it:
+- learned positions, pre-norm blocks, GELU, one embedding matrix for input and output;
+- GPT-2's initialisation, residual projections scaled by 1/sqrt(2 n_layer);
+- attention through PyTorch's fused kernel, so dropout inside attention is a setting of its own;
+- an optional key-value cache, with which `forward` continues a sequence instead of recomputing it.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt_core.config import GPTConfig
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated for one block.
+
+    Two tensors (n_layer, B, n_head, block_size, head_size) of the model's dtype; `length` tokens
+    of them are filled.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, *, like: Tensor) -> None:
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_size)
+        self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, n_head, T, head_size) of new tokens; return those of all tokens."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class _MaskedScale(torch.autograd.Function):
+    """x * mask * scale, keeping one byte an element for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        return (x * mask).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return (grad * mask).mul_(ctx.scale), None, None
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is cheap on a CPU.
+
+    PyTorch draws a CPU mask one Bernoulli number at a time on one thread. Here four 16-bit lanes
+    are cut from each 64-bit random number and compared with a threshold, so the rate is honoured
+    to within 1/65536. Reproducible from `torch.manual_seed`. Elsewhere `F.dropout` serves.
+    """
+
+    LANES = 1 << 16
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.threshold = round(p * self.LANES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.threshold == 0:
+            return x
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.dropout(x, self.p, training=True)
+        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
+        words.random_(-(1 << 63), None)
+        lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
+        keep = lanes >= self.threshold - self.LANES // 2  # int16 is centred on zero
+        scale = self.LANES / (self.LANES - self.threshold)
+        dropped: Tensor = _MaskedScale.apply(x, keep, scale)  # type: ignore[no-untyped-call]
+        return dropped
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.attention_dropout = config.attention_dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
+        causal = T > 1
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+            if causal and cache.length:
+                raise ValueError("a filled cache is continued one token at a time")
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=causal,  # one token may look at everything before it
+            dropout_p=self.attention_dropout if self.training else 0.0,
+        )
+        y = y.transpose(1, 2).reshape(B, T, C)
+        out: Tensor = self.resid_dropout(self.c_proj(y))
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class Transformer(nn.Module):
+    """Everything but the head, under the names of GPT-2."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        start = cache.length if cache is not None else 0
+        positions = self.wpe.weight[start : start + idx.size(1)]  # (T, C)
+        x = self.drop(self.wte(idx) + positions)  # (B, T, C)
+        for block in self.h:
+            x = block(x, cache)
+        out: Tensor = self.ln_f(x)
+        return out
+
+
+class GPTOutput(NamedTuple):
+    """What `GPT.forward` returns: logits (B, T, vocab_size) and the mean loss in nats, or None."""
+
+    logits: Tensor
+    loss: Tensor | None
+
+
+class GPT(nn.Module):
+    """A GPT language model (Radford et al. 2019, in the form of Karpathy's nanoGPT).
+
+    Initial weights come from torch's global generator: call `torch.manual_seed` for the same ones.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                residual = name.endswith("c_proj.weight")
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                nn.init.normal_(parameter, mean=0.0, std=std)
+
+    def num_parameters(self, *, positions: bool = False) -> int:
+        """Distinct parameters; without the position embedding unless `positions`, as GPT-2 counts."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return total if positions else total - self.transformer.wpe.weight.numel()
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None
+    ) -> GPTOutput:
+        """Logits of the next token at every position, and the loss where targets are given.
+
+        Args:
+            idx: int64 (B, T) token ids, T at most `block_size` with what the cache holds.
+            targets: int64 (B, T); positions of -1 do not count.
+            cache: continue the sequence whose keys and values it holds, and add to it.
+
+        Returns:
+            logits (B, T, vocab_size) and the mean cross-entropy in nats (fp32), or None.
+
+        Raises:
+            ValueError: for a sequence longer than `block_size`.
+        """
+        start = cache.length if cache is not None else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(
+                f"the sequence has {end} tokens; block_size allows {self.config.block_size}"
+            )
+        x = self.transformer(idx, cache)  # (B, T, C)
+        if cache is not None:
+            cache.length = end
+        logits = self.lm_head(x)
+        if targets is None:
+            return GPTOutput(logits, None)
+        loss = F.cross_entropy(
+            logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1
+        )
+        return GPTOutput(logits, loss)

@@ -1,0 +1,72 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gpt_core import GPT, CheckpointError, from_pretrained, save_pretrained
+
+
+def test_a_saved_model_comes_back_bit_for_bit(model: GPT, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path / "new" / "model")
+    loaded = from_pretrained(tmp_path / "new" / "model")
+    assert loaded.config == model.config
+    assert not loaded.training
+    for (name, one), other in zip(
+        model.state_dict().items(), loaded.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_tied_weights_are_stored_once_and_nothing_else_is_left(model: GPT, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    assert sum(t.numel() for t in stored.values()) == model.num_parameters(positions=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_model(model: GPT, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    broken = GPT(model.config)
+    broken.register_buffer("strange", torch.zeros(3).to_sparse())
+    with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
+        save_pretrained(broken, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_each_tensor_that_does_not_fit_is_named(model: GPT, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["transformer.wpe.weight"] = torch.zeros(4, 16)
+    del tensors["transformer.ln_f.weight"]
+    tensors["extra"] = torch.zeros(1)
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError) as caught:
+        from_pretrained(tmp_path)
+    message = str(caught.value)
+    assert "transformer.wpe.weight has shape (4, 16) instead of (8, 16)" in message
+    assert "transformer.ln_f.weight is missing" in message
+    assert "extra is not part of the model" in message
+
+
+def test_broken_files_are_named(model: GPT, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
+        from_pretrained(tmp_path / "nowhere")
+    save_pretrained(model, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read"):
+        from_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"n_head": 3}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="n_embd is 16; it must be divisible"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not a model configuration"):
+        from_pretrained(tmp_path)

@@ -1,0 +1,29 @@
+import pytest
+
+from gpt_core import ConfigError, GPTConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"n_embd": 10, "n_head": 3}, "n_embd is 10; it must be divisible by n_head, which is 3"),
+        ({"n_layer": 0}, "n_layer is 0"),
+        ({"block_size": -1}, "block_size is -1"),
+        ({"vocab_size": 2.5}, "vocab_size is 2.5"),
+        ({"n_head": True}, "n_head is True"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"attention_dropout": -0.1}, "attention_dropout is -0.1"),
+    ],
+)
+def test_a_shape_that_cannot_work_is_named(settings: dict[str, float], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        GPTConfig(**settings)
+
+
+def test_settings_survive_a_dictionary(tiny: GPTConfig) -> None:
+    assert GPTConfig.from_dict(tiny.to_dict()) == tiny
+
+
+def test_an_unknown_setting_is_named() -> None:
+    with pytest.raises(ConfigError, match="n_layers"):
+        GPTConfig.from_dict({"n_layers": 2})

@@ -1,0 +1,93 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gpt_core import GPT, ConfigError, Muon, build_optimizer
+from gpt_core.optim import orthogonalise
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12)])
+def test_orthogonalised_matrices_keep_their_singular_vectors(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    in_its_basis = u.mT @ orthogonalise(matrix) @ vh.mT
+    off_diagonal = in_its_basis - in_its_basis.diagonal().diag()
+    assert off_diagonal.abs().max() < 1e-9
+    assert in_its_basis.diagonal().min() > 0.5
+    assert in_its_basis.diagonal().max() < 1.3
+
+
+def test_matrices_step_as_torchs_own_muon() -> None:
+    torch.manual_seed(1)
+    ours, theirs = (nn.Parameter(torch.ones(6, 10)) for _ in range(2))
+    settings = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.95}
+    mine = Muon([ours], [], dtype=torch.bfloat16, **settings)
+    reference = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings)
+    for _ in range(5):
+        ours.grad = theirs.grad = torch.randn(6, 10)
+        mine.step()
+        reference.step()
+    # both iterate in bf16, in a different order of rounding
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-3 * 0.01 * 5)
+
+
+def test_other_parameters_step_as_torchs_own_adamw() -> None:
+    torch.manual_seed(2)
+    ours, theirs = (nn.Parameter(torch.ones(7)) for _ in range(2))
+    mine = Muon([], [ours], lr=0.01)
+    reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    for _ in range(5):
+        ours.grad = theirs.grad = torch.randn(7)
+        mine.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_a_fused_qkv_matrix_steps_as_its_three_parts() -> None:
+    torch.manual_seed(3)
+    fused, gradient = nn.Parameter(torch.zeros(12, 4)), torch.randn(12, 4)
+    parts = [nn.Parameter(torch.zeros(4, 4)) for _ in range(3)]
+    fused.grad = gradient
+    for part, rows in zip(parts, gradient.chunk(3), strict=True):
+        part.grad = rows
+    Muon([fused], [], lr=1.0, parts=lambda _: 3).step()
+    Muon(parts, [], lr=1.0).step()
+    torch.testing.assert_close(fused, torch.cat([part.detach() for part in parts]))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_is_stepped_once(model: GPT, name: str) -> None:
+    optimizer = build_optimizer(model, name, learning_rate=1e-3)
+    stepped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(stepped) == sorted(id(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_restored_state_continues_bit_for_bit(model: GPT, name: str) -> None:
+    batches = [torch.randint(11, (2, 4, 8)) for _ in range(6)]
+
+    def steps(model: GPT, optimizer: torch.optim.Optimizer, chosen: slice) -> None:
+        for x, y in batches[chosen]:
+            model(x, y).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    optimizer = build_optimizer(model, name, learning_rate=0.01)
+    steps(model, optimizer, slice(3))
+    resumed = copy.deepcopy(model)
+    again = build_optimizer(resumed, name, learning_rate=0.01)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(model, optimizer, slice(3, 6))
+    steps(resumed, again, slice(3, 6))
+    for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_bad_settings_are_named(model: GPT) -> None:
+    with pytest.raises(ConfigError, match="optimizer is 'sgd'; allowed are adamw, muon"):
+        build_optimizer(model, "sgd", learning_rate=1.0)
+    with pytest.raises(ConfigError, match=r"learning_rate is 0.0"):
+        build_optimizer(model, "adamw", learning_rate=0.0)

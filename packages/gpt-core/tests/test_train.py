@@ -1,0 +1,93 @@
+import itertools
+
+import pytest
+import torch
+
+from gpt_core import GPT, Progress, Runtime, TrainingDiverged, build_optimizer, evaluate
+from gpt_core.train import Batch, train_steps
+
+
+def batches(count: int, rows: int = 4) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(11, (count, rows, 9), generator=generator)
+    return [(window[:, :-1], window[:, 1:]) for window in drawn]
+
+
+def test_steps_equal_a_loop_written_by_hand(model: GPT, tiny, cpu: Runtime) -> None:
+    by_hand = GPT(tiny)
+    by_hand.load_state_dict(model.state_dict())
+    data = batches(7)
+    optimizer = build_optimizer(by_hand, learning_rate=0.01)
+    losses = []
+    for x, y in data:
+        loss = by_hand(x, y).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    result = train_steps(
+        model,
+        data,
+        build_optimizer(model, learning_rate=0.01),
+        steps=7,
+        runtime=cpu,
+        grad_clip=0.5,
+    )
+    assert result.loss == pytest.approx(sum(losses) / 7)
+    assert (result.steps, result.tokens) == (7, 7 * 4 * 8)
+    for one, other in zip(model.parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_small_text_is_learned_by_heart(model: GPT, cpu: Runtime) -> None:
+    optimizer = build_optimizer(model, learning_rate=0.01)
+    data = itertools.repeat(batches(1)[0])
+    train_steps(model, data, optimizer, steps=200, runtime=cpu)
+    assert evaluate(model, batches(1), runtime=cpu) < 0.5
+
+
+def test_progress_tells_the_first_and_the_last_step(model: GPT, cpu: Runtime) -> None:
+    news: list[Progress] = []
+    optimizer = build_optimizer(model, learning_rate=0.01)
+    train_steps(model, batches(5), optimizer, steps=5, runtime=cpu, on_progress=news.append)
+    assert [item.step for item in news] == [1, 5]
+    assert news[-1].seconds_left == 0
+    assert "step 5/5  loss" in str(news[-1])
+
+
+def test_a_loss_that_is_no_number_ends_the_training(model: GPT, cpu: Runtime) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    optimizer = build_optimizer(model, learning_rate=0.01)
+    with pytest.raises(TrainingDiverged, match="nan at step 1 of 3"):
+        train_steps(model, batches(3), optimizer, steps=3, runtime=cpu)
+
+
+def test_too_few_batches_are_an_error(model: GPT, cpu: Runtime) -> None:
+    optimizer = build_optimizer(model, learning_rate=0.01)
+    with pytest.raises(ValueError, match="ended after 2 of 3 steps"):
+        train_steps(model, batches(2), optimizer, steps=3, runtime=cpu)
+    with pytest.raises(ValueError, match="steps is 0"):
+        train_steps(model, batches(2), optimizer, steps=0, runtime=cpu)
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(model: GPT, cpu: Runtime) -> None:
+    rows = batches(1, rows=12)[0]
+    by_size = [
+        evaluate(model, zip(*(part.split(size) for part in rows), strict=True), runtime=cpu)
+        for size in (1, 5, 12)
+    ]
+    assert by_size == pytest.approx([model(*rows).loss.item()] * 3, rel=1e-6)
+
+
+def test_evaluation_restores_the_mode(model: GPT, cpu: Runtime) -> None:
+    for training in (True, False):
+        model.train(training)
+        evaluate(model, batches(1), runtime=cpu)
+        assert model.training is training
+
+
+def test_nothing_to_evaluate_is_an_error(model: GPT, cpu: Runtime) -> None:
+    with pytest.raises(ValueError, match="no batch"):
+        evaluate(model, [], runtime=cpu)

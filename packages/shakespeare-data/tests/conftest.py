@@ -1,0 +1,93 @@
+"""A local mirror, and an environment in which no test reaches the user's cache or the internet."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from shakespeare_data import Corpus
+
+# A busy machine is not a failure.
+settings.register_profile("any pace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any pace")
+
+VERSES = "".join(f"Speaker {i % 7}:\nline {i} of a play that nobody wrote\n\n" for i in range(400))
+
+
+@pytest.fixture(scope="session")
+def make_corpus() -> Callable[..., Corpus]:
+    """`make_corpus(text=…)`: a corpus of any text."""
+
+    def make(text: str = VERSES) -> Corpus:
+        digest = sha256(text.encode()).hexdigest()
+        return Corpus("verses", text, "made by the tests", digest, "none")
+
+    return make
+
+
+class Mirror:
+    """An HTTP server on loopback; `answer` writes each response, `requests` counts them."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.answer: Callable[[BaseHTTPRequestHandler], object] = lambda _: None
+        self._count = threading.Lock()
+        mirror = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                with mirror._count:
+                    mirror.requests += 1
+                mirror.answer(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/input.txt"
+
+    def serve(self, content: bytes, *, promised: int | None = None) -> None:
+        """Answer with `content`, announcing `promised` bytes."""
+
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(promised or len(content)))
+            handler.end_headers()
+            handler.wfile.write(content)
+
+        self.answer = answer
+
+    def refuse(self, status: int) -> None:
+        self.answer = lambda handler: handler.send_error(status)
+
+
+@pytest.fixture
+def mirror() -> Iterator[Mirror]:
+    mirror = Mirror()
+    thread = threading.Thread(target=mirror.server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield mirror
+    mirror.server.shutdown()
+    mirror.server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def closed_url() -> str:
+    """An address on loopback where nobody listens."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    return f"http://127.0.0.1:{port}/input.txt"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, closed_url: str) -> None:
+    monkeypatch.setenv("SHAKESPEARE_DATA_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("SHAKESPEARE_DATA_URL", closed_url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
