@@ -44,11 +44,11 @@ def label(context: Context) -> str:
 
 def own_part(settings: Settings, config: ConfigRecord, context: Context) -> Part:
     """The text of this client, checked against the model's vocabulary."""
-    node, needed = context.node_config, settings.block_size + 1
+    node = context.node_config
     tokenizer = CharTokenizer.from_json(str(config["tokenizer"]))
     name = label(context)
     if "data-path" in node:
-        part = read_part(name, min_length=needed)
+        part = read_part(name, block_size=settings.block_size)
     else:
         corpus = load_corpus(str(config["corpus"]))
         if corpus.sha256 != config["corpus-sha256"]:
@@ -61,7 +61,7 @@ def own_part(settings: Settings, config: ConfigRecord, context: Context) -> Part
             tokenizer,
             int(node["num-partitions"]),
             int(node["partition-id"]),
-            min_length=needed,
+            block_size=settings.block_size,
         )
     check_vocabulary(name, part.tokenizer, tokenizer)
     return part

@@ -47,7 +47,8 @@ def test_rounds_are_averaged_printed_written_and_drawn(
     assert printed == history.table().splitlines()[:-1]
     assert printed[2].split() == ["1", "1.5000", "2.0000", "7.39"]
     assert history.table().endswith("note: figures are of another corpus")
-    rows = [json.loads(line) for line in (directory.path / "metrics.jsonl").open()]
+    written = (directory.path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in written]
     assert [row["round"] for row in rows] == [0, 1]
     assert rows[1]["train_loss"] == pytest.approx((3.0 * 1 + 1.0 * 3) / 4)
     assert rows[1]["perplexity"] == pytest.approx(math.exp(2.0))

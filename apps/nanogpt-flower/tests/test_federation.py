@@ -135,5 +135,5 @@ def test_supernodes_train_on_their_own_directories(
         first = of_this_node.splitlines()[0]
         assert f"[{datasets}/shakespeare_part_{number}] trains on 3,600 characters" in first
     (directory,) = run_directories(tmp_path / "runs")
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert rows[1]["val_loss"] < rows[0]["val_loss"]

@@ -1,4 +1,4 @@
-"""The seed shape (6 layers, 6 heads, 384 wide, block 256, batch 64, dropout 0.2) against `plain`."""
+"""The baby GPT (6 layers, 6 heads, 384 wide, block 256, batch 64, dropout 0.2) and `plain`."""
 
 import itertools
 from collections.abc import Callable

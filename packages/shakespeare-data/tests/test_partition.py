@@ -94,14 +94,14 @@ def test_more_clients_than_the_text_can_feed_names_the_number_that_works(
     corpus = make_corpus("ab" * 500)  # 900 characters of training text, 100 of validation
     tokenizer = CharTokenizer("ab")
     message = (
-        "more clients than the text can feed: client 3 of 4 would get 25 val characters, "
-        "at least 33 are needed; the largest num_partitions that works is 3"
+        "client 3 of 4 would get 25 val characters, block_size 32 needs at least 33; "
+        "the text can feed at most 3 clients"
     )
     with pytest.raises(DataError, match=message):
-        partition(corpus, tokenizer, 4, 3, min_length=33)
-    assert all(len(partition(corpus, tokenizer, 3, i, min_length=33).val) >= 33 for i in range(3))
-    with pytest.raises(DataError, match="too short even for one"):
-        partition(corpus, tokenizer, 4, 0, min_length=101)
+        partition(corpus, tokenizer, 4, 3, block_size=32)
+    assert all(len(partition(corpus, tokenizer, 3, i, block_size=32).val) >= 33 for i in range(3))
+    with pytest.raises(DataError, match="too short for it even with one client"):
+        partition(corpus, tokenizer, 4, 0, block_size=100)
 
 
 def test_a_text_outside_the_vocabulary_is_refused(make_corpus: MakeCorpus) -> None:
@@ -220,7 +220,7 @@ def test_a_file_in_a_parts_place_is_not_replaced(verses: Corpus, tmp_path: Path)
 def test_a_text_too_short_for_the_parts_writes_nothing(
     make_corpus: MakeCorpus, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="more clients than the text can feed"):
+    with pytest.raises(DataError, match="the text can feed at most 1 clients"):
         write_partitions(make_corpus("ab" * 10), 3, tmp_path / "datasets")
     assert not (tmp_path / "datasets").exists()
 
@@ -298,6 +298,6 @@ def test_a_meta_json_that_is_no_object_is_named(
 
 def test_a_part_shorter_than_a_window_is_refused(part_directory: Path) -> None:
     length = len(read_part(part_directory).val)
-    assert len(read_part(part_directory, min_length=length).val) == length
-    with pytest.raises(DataError, match=rf"val.bin has {length} ids, at least {length + 1}"):
-        read_part(part_directory, min_length=length + 1)
+    assert len(read_part(part_directory, block_size=length - 1).val) == length
+    with pytest.raises(DataError, match=rf"has {length} ids, block_size {length} needs"):
+        read_part(part_directory, block_size=length)

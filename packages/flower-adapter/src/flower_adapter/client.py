@@ -1,9 +1,9 @@
 """A Flower `ClientApp` from a torch model and a train function.
 
 When a ClientApp raises, Flower tells the server: in deployment the exception's type and text, in
-simulation a traceback of Ray's with the text in it. Refusals of bad input and
-failed computations (ValueError, ArithmeticError, OSError) are worth a plain sentence in both, so they are answered here with an error reply of that sentence;
-everything else is left to Flower.
+simulation a traceback of Ray's with the text in it. Refusals of bad input and failed computations
+(ValueError, ArithmeticError, OSError) are worth a plain sentence in both, so they are answered here
+with an error reply of that sentence; everything else is left to Flower.
 """
 
 import logging
@@ -58,8 +58,9 @@ def torch_client_app(
     Its default is "partition 0007" for the node's partition-id 7, else the node id, which is new
     in every run.
 
-    A ValueError (ArrayMismatch is one), ArithmeticError or OSError that one of the functions raises is logged on
-    the client with its traceback and sent to the server as "ValueError: its text", word for word.
+    A ValueError (ArrayMismatch is one), ArithmeticError or OSError that one of the functions raises
+    is logged on the client with its traceback and sent to the server as "ValueError: its text",
+    word for word.
     """
     label = label or default_label
     app = ClientApp()

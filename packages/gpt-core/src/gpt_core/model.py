@@ -195,7 +195,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, mean=0.0, std=std)
 
     def num_parameters(self, *, positions: bool = False) -> int:
-        """Distinct parameters; without the position embedding unless `positions`, as GPT-2 counts."""
+        """How many parameters, tied ones once; position embeddings count only if `positions`."""
         total = sum(parameter.numel() for parameter in self.parameters())
         return total if positions else total - self.transformer.wpe.weight.numel()
 

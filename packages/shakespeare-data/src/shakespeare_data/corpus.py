@@ -91,7 +91,7 @@ def _user_file(name: str) -> Corpus:
             "nor the path of a text file"
         )
     content, source = UserFile(path).read()
-    return _corpus(name, content, source, "the file's own, not known here")
+    return _corpus(str(path.absolute()), content, source, "the file's own, not known here")
 
 
 def _existing_file(name: str) -> Path | None:

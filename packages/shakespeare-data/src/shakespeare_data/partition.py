@@ -45,12 +45,12 @@ def partition(
     num_partitions: int,
     partition_id: int,
     *,
-    min_length: int = 2,
+    block_size: int = 1,
 ) -> Part:
     """Client `partition_id`'s part: an equal share of the training text, one of the validation.
 
-    The last 10 % of the corpus validate. Raises `DataError` when a share is shorter than
-    `min_length` (`block_size + 1` for windows of `block_size`).
+    The last 10 % of the corpus validate. Raises `DataError` when a share holds no window of
+    `block_size` tokens and their targets, that is, less than `block_size + 1` characters.
     """
     _check_count(num_partitions)
     if not 0 <= partition_id < num_partitions:
@@ -58,7 +58,7 @@ def partition(
             f"partition_id must be from 0 to {num_partitions - 1}, it is {partition_id}"
         )
     train, val = (tokenizer.encode(text) for text in corpus.split())
-    return _part(corpus, tokenizer, train, val, num_partitions, partition_id, min_length)
+    return _part(corpus, tokenizer, train, val, num_partitions, partition_id, block_size)
 
 
 def write_partitions(
@@ -77,7 +77,7 @@ def write_partitions(
     tokenizer = CharTokenizer.from_text(corpus.text)
     train, val = (tokenizer.encode(text) for text in corpus.split(validation_fraction))
     parts = [
-        _part(corpus, tokenizer, train, val, num_partitions, i, min_length=2)
+        _part(corpus, tokenizer, train, val, num_partitions, i, block_size=1)
         for i in range(num_partitions)
     ]
     output = Path(output)
@@ -100,11 +100,11 @@ def write_partitions(
     return directories
 
 
-def read_part(directory: str | Path, *, min_length: int = 2) -> Part:
+def read_part(directory: str | Path, *, block_size: int = 1) -> Part:
     """The part that `write_partitions` wrote to `directory`, memory-mapped and read-only.
 
-    Raises `DataError` naming the file for one that is missing, damaged, shorter than `min_length`
-    or at odds with `meta.json`.
+    Raises `DataError` naming the file for one that is missing, damaged, too short for a
+    window of `block_size` and its targets, or at odds with `meta.json`.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -121,7 +121,7 @@ def read_part(directory: str | Path, *, min_length: int = 2) -> Part:
             f"but vocab has {tokenizer.vocab_size} characters"
         )
     train, val = (
-        _read_tokens(directory / f"{split}.bin", tokenizer, meta[f"{split}_length"], min_length)
+        _read_tokens(directory / f"{split}.bin", tokenizer, meta[f"{split}_length"], block_size)
         for split in ("train", "val")
     )
     return Part(train, val, tokenizer, str(directory), meta)
@@ -139,22 +139,22 @@ def _part(
     val: NDArray[np.uint16],
     num_partitions: int,
     partition_id: int,
-    min_length: int,
+    block_size: int,
 ) -> Part:
     shares = {
         split: contiguous(tokens, num_partitions)[partition_id]
         for split, tokens in (("train", train), ("val", val))
     }
     for split, share in shares.items():
-        if len(share) < min_length:
-            largest = min(len(train), len(val)) // max(min_length, 1)
+        if len(share) <= block_size:
+            largest = min(len(train), len(val)) // (block_size + 1)
             raise DataError(
-                f"more clients than the text can feed: client {partition_id} of {num_partitions} "
-                f"would get {len(share)} {split} characters, at least {min_length} are needed; "
+                f"client {partition_id} of {num_partitions} would get {len(share)} {split} "
+                f"characters, block_size {block_size} needs at least {block_size + 1}; "
                 + (
-                    f"the largest num_partitions that works is {largest}"
+                    f"the text can feed at most {largest} clients"
                     if largest
-                    else "the text is too short even for one"
+                    else "the text is too short for it even with one client"
                 )
             )
     meta = {
@@ -219,7 +219,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def _read_tokens(
-    path: Path, tokenizer: CharTokenizer, length: int, min_length: int
+    path: Path, tokenizer: CharTokenizer, length: int, block_size: int
 ) -> NDArray[np.uint16]:
     try:
         size = path.stat().st_size
@@ -232,8 +232,10 @@ def _read_tokens(
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     if len(tokens) != length:
         raise DataError(f"{path} has {len(tokens)} ids, meta.json says {length}")
-    if len(tokens) < min_length:
-        raise DataError(f"{path} has {len(tokens)} ids, at least {min_length} are needed")
+    if len(tokens) <= block_size:
+        raise DataError(
+            f"{path} has {len(tokens)} ids, block_size {block_size} needs at least {block_size + 1}"
+        )
     largest = int(tokens.max())
     if largest >= tokenizer.vocab_size:
         raise DataError(
