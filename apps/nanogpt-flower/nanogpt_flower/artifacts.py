@@ -17,6 +17,7 @@ from shakespeare_data import CharTokenizer, Corpus
 
 MODEL_DIRECTORY = "model"
 TOKENIZER_FILE = "tokenizer.json"
+CORPUS_KEYS = ("name", "source", "sha256", "licence", "note")
 PACKAGES = ("nanogpt-flower", "gpt-core", "shakespeare-data", "flower-adapter", "flwr", "torch")
 
 
@@ -26,14 +27,33 @@ class Row:
 
     round: int
     train_loss: float | None  # mean over the clients' steps, weighted by num-examples
-    val_loss: float  # of the averaged model on the whole validation split
+    val_loss: float | None  # of the average on the whole validation split, if the server has it
     client_val_loss: float | None  # mean over the clients' validation parts
     clients: int  # whose training went into the average
 
+    @property
+    def shown_val_loss(self) -> float | None:
+        """The server's figure, else the clients'."""
+        return self.client_val_loss if self.val_loss is None else self.val_loss
+
+    @property
+    def perplexity(self) -> float | None:
+        """e to the validation loss; capped, so that a loss gone wild is still a number."""
+        loss = self.shown_val_loss
+        return None if loss is None else math.exp(min(loss, 700.0))
+
     def __str__(self) -> str:
-        train = "-" if self.train_loss is None else f"{self.train_loss:.4f}"
-        perplexity = math.exp(min(self.val_loss, 700.0))
-        return f"{self.round:>5}  {train:>10}  {self.val_loss:>8.4f}  {perplexity:>10.2f}"
+        cells = [
+            f"{self.round:>5}",
+            _cell(self.train_loss, 10, 4),
+            _cell(self.shown_val_loss, 8, 4),
+            _cell(self.perplexity, 10, 2),
+        ]
+        return "  ".join(cells)
+
+
+def _cell(value: float | None, width: int, digits: int) -> str:
+    return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
 
 
 class RunDirectory:
@@ -63,19 +83,13 @@ class RunDirectory:
         return cls(path)
 
     def write_config(
-        self, settings: Settings, corpus: Corpus, runtime: Runtime, model: GPT
+        self, settings: Settings, corpus: Corpus | None, runtime: Runtime, model: GPT
     ) -> None:
         """`config.json`: everything that the figures of the run depend on."""
         about = {
             "settings": settings.to_run_config(),
             "parameters": model.num_parameters(),
-            "corpus": {
-                "name": corpus.name,
-                "source": corpus.source,
-                "sha256": corpus.sha256,
-                "licence": corpus.licence,
-                "note": corpus.note,
-            },
+            "corpus": corpus and {key: getattr(corpus, key) for key in CORPUS_KEYS},
             "server": runtime.to_dict(),
             "versions": {name: version(name) for name in PACKAGES},
         }
@@ -102,15 +116,13 @@ class RunDirectory:
 
         figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
         axes = figure.add_subplot()
-        rounds = [row.round for row in rows]
-        axes.plot(rounds, [row.val_loss for row in rows], "o-", label="validation")
-        trained = [row for row in rows if row.train_loss is not None]
-        axes.plot(
-            [row.round for row in trained],
-            [cast(float, row.train_loss) for row in trained],
-            "s--",
-            label="training",
-        )
+        curves = {
+            "validation": [(row.round, row.shown_val_loss) for row in rows],
+            "training": [(row.round, row.train_loss) for row in rows],
+        }
+        for (name, points), style in zip(curves.items(), ("o-", "s--"), strict=True):
+            known = [(at, loss) for at, loss in points if loss is not None]
+            axes.plot([at for at, _ in known], [loss for _, loss in known], style, label=name)
         axes.set(xlabel="round", ylabel="loss (nats a character)", title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -131,8 +143,8 @@ class History:
     HEADER = f"{'round':>5}  {'train loss':>10}  {'val loss':>8}  {'perplexity':>10}"
 
     def __init__(self, directory: RunDirectory, *, note: str = "") -> None:
+        self.directory = directory
         self.rows: list[Row] = []
-        self._directory = directory
         self._note = note
         self._metrics: dict[str, float] = {}
         self._clients = 0
@@ -149,7 +161,7 @@ class History:
 
         return aggregate
 
-    def finish_round(self, server_round: int, val_loss: float) -> None:
+    def finish_round(self, server_round: int, val_loss: float | None) -> None:
         """Print the row, append it to `metrics.jsonl`, draw the curve anew."""
         row = Row(
             round=server_round,
@@ -158,15 +170,12 @@ class History:
             client_val_loss=self._metrics.pop("val-loss", None),
             clients=self._clients,
         )
+        if not self.rows:
+            print(self.HEADER)
+        print(row, flush=True)
         self.rows.append(row)
-        self._directory.append_metrics({**asdict(row), "perplexity": math.exp(min(val_loss, 700))})
-        self._directory.draw_curve(self.rows, "Federated NanoGPT")
-        print(
-            self.HEADER if server_round == 0 else "",
-            row,
-            sep="\n" if server_round == 0 else "",
-            flush=True,
-        )
+        self.directory.append_metrics({**asdict(row), "perplexity": row.perplexity})
+        self.directory.draw_curve(self.rows, "Federated NanoGPT")
 
     def table(self) -> str:
         """All rows, and under them what a reader must know to compare them."""

@@ -11,7 +11,14 @@ from flwr.app import ConfigRecord, Context
 from flower_adapter import restore_state, save_state, torch_client_app
 from gpt_core import GPT, Progress, build_optimizer, evaluate, train_steps
 from gpt_core.train import Batch
-from nanogpt_flower.composition import check_vocabulary, model_config, runtime, seed_for
+from nanogpt_flower.composition import (
+    NO_CORPUS,
+    VOCABULARY,
+    check_vocabulary,
+    model_config,
+    runtime,
+    seed_for,
+)
 from nanogpt_flower.settings import Settings
 from shakespeare_data import (
     Batches,
@@ -49,6 +56,8 @@ def own_part(settings: Settings, config: ConfigRecord, context: Context) -> Part
     name = label(context)
     if "data-path" in node:
         part = read_part(name, block_size=settings.block_size)
+    elif config["corpus"] == NO_CORPUS:
+        raise DataError(f"the server has no corpus, so {name} needs a data-path of its own")
     else:
         corpus = load_corpus(str(config["corpus"]))
         if corpus.sha256 != config["corpus-sha256"]:
@@ -121,4 +130,14 @@ def evaluate_part(model: GPT, config: ConfigRecord, context: Context) -> dict[st
     return {"val-loss": loss, "num-examples": len(part.val) - 1}
 
 
-app = torch_client_app(build_model, train, evaluate_part, label=label)
+def vocabulary(context: Context) -> ConfigRecord:
+    """The characters of this client's own directory, for a server that has no text."""
+    name = label(context)
+    if "data-path" not in context.node_config:
+        raise DataError(f"{name} has no data-path to take a vocabulary from")
+    return ConfigRecord({"label": name, "tokenizer": read_part(name).tokenizer.to_json()})
+
+
+app = torch_client_app(
+    build_model, train, evaluate_part, label=label, queries={VOCABULARY: vocabulary}
+)

@@ -6,6 +6,9 @@ from gpt_core import GPTConfig, Runtime
 from nanogpt_flower.settings import Settings
 from shakespeare_data import CharTokenizer
 
+NO_CORPUS = "none"  # the corpus of a server that has no text
+VOCABULARY = "vocabulary"  # the query by which it asks its clients for theirs
+
 
 def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
     return GPTConfig(

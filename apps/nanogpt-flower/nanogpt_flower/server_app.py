@@ -1,19 +1,29 @@
 """The ServerApp: average what the clients learned, evaluate it, and write Shakespeare."""
 
 import logging
+import time
+from collections.abc import Iterator
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.app.typing import ConfigRecordValues
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from flower_adapter import Guarded, Seeded, load_arrays, to_arrays
-from gpt_core import GPT, evaluate, stream
+from gpt_core import GPT, Runtime, evaluate, stream
 from nanogpt_flower.artifacts import History, RunDirectory
-from nanogpt_flower.composition import model_config, runtime
-from nanogpt_flower.settings import Settings
-from shakespeare_data import CharTokenizer, load_corpus, sequential_batches
+from nanogpt_flower.composition import (
+    NO_CORPUS,
+    VOCABULARY,
+    check_vocabulary,
+    model_config,
+    runtime,
+)
+from nanogpt_flower.settings import Settings, SettingsError
+from shakespeare_data import CharTokenizer, Corpus, DataError, load_corpus, sequential_batches
+
+MIN_CLIENTS = 2  # that must be connected before the first round, as Flower's own default
 
 app = ServerApp()
 logger = logging.getLogger("flwr.nanogpt_flower")
@@ -21,45 +31,69 @@ logger = logging.getLogger("flwr.nanogpt_flower")
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Check everything that can be wrong, then run the rounds."""
+    """Check everything that can be wrong, then run the rounds and write the sample."""
     settings = Settings.from_run_config(context.run_config)
     run = runtime(settings)
-    corpus = load_corpus(settings.corpus)
-    tokenizer = CharTokenizer.from_text(corpus.text)
-    prompt = torch.from_numpy(tokenizer.encode(settings.sample_prompt).astype("int64"))[None]
-    validation = tokenizer.encode(corpus.split()[1])
+    corpus = None if settings.corpus == NO_CORPUS else load_corpus(settings.corpus)
+    tokenizer = CharTokenizer.from_text(corpus.text) if corpus else ask_vocabulary(grid)
+    prompt = sample_prompt(settings, tokenizer)
     directory = RunDirectory.create(settings.output_dir, context.run_id)
 
     torch.manual_seed(settings.seed)
     model = GPT(model_config(settings, tokenizer.vocab_size))
     directory.write_config(settings, corpus, run, model)
     logger.info("output: %s", directory.path)
-    logger.info("corpus: %s (%s)", corpus.name, corpus.source)
+    logger.info("corpus: %s", f"{corpus.name} ({corpus.source})" if corpus else "none here")
     logger.info("model: %.2fM parameters; server: %s", model.num_parameters() / 1e6, run)
-    history = History(directory, note=corpus.note)
+    history = History(directory, note=corpus.note if corpus else NO_CORPUS_NOTE)
+    run_rounds(grid, settings, corpus, tokenizer, model, run, history)
+
+    sample = prompt + "".join(write(model, tokenizer, prompt, settings))
+    directory.write_sample(sample)
+    print(history.table(), flush=True)
+    print(f"\n--- sample\n{sample}\n---\noutput: {directory.path}", flush=True)
+
+
+NO_CORPUS_NOTE = "the server has no text: val loss is the mean over the clients' own"
+
+
+def run_rounds(
+    grid: Grid,
+    settings: Settings,
+    corpus: Corpus | None,
+    tokenizer: CharTokenizer,
+    model: GPT,
+    run: Runtime,
+    history: History,
+) -> None:
+    """Federated averaging; afterwards `model` is the last average, saved after every round."""
+    validation = tokenizer.encode(corpus.split()[1]) if corpus else None
     initial = to_arrays(model)
     prepared = run.prepare(model)
 
-    def evaluate_round(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+    def evaluate_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         load_arrays(model, arrays)
-        batches = sequential_batches(validation, settings.batch_size, settings.block_size)
-        loss = evaluate(prepared, batches, runtime=run)
-        directory.save_model(model, tokenizer)
+        loss = None
+        if validation is not None:
+            batches = sequential_batches(validation, settings.batch_size, settings.block_size)
+            loss = evaluate(prepared, batches, runtime=run)
+        history.directory.save_model(model, tokenizer)
         history.finish_round(server_round, loss)
-        return MetricRecord({"val-loss": loss})
+        return None if loss is None else MetricRecord({"val-loss": loss})
 
     strategy = FedAvg(
         fraction_train=settings.fraction_train,
         fraction_evaluate=settings.fraction_evaluate,
         min_train_nodes=1,
         min_evaluate_nodes=1,
+        min_available_nodes=MIN_CLIENTS,
         train_metrics_aggr_fn=history.aggregate("train-loss"),
         evaluate_metrics_aggr_fn=history.aggregate("val-loss"),
     )
     to_clients: dict[str, ConfigRecordValues] = {
         "tokenizer": tokenizer.to_json(),
-        "corpus": corpus.name,
-        "corpus-sha256": corpus.sha256,
+        "corpus": corpus.name if corpus else NO_CORPUS,
+        "corpus-sha256": corpus.sha256 if corpus else "",
     }
     Seeded(Guarded(strategy), seed=settings.seed).start(
         grid,
@@ -71,15 +105,51 @@ def main(grid: Grid, context: Context) -> None:
         evaluate_fn=evaluate_round,
     )
 
-    tokens = stream(
+
+def ask_vocabulary(grid: Grid) -> CharTokenizer:
+    """The vocabulary that the clients' own directories share.
+
+    Raises:
+        DataError: if a client has none to give.
+        VocabularyMismatch: if two of them differ, naming both.
+    """
+    while len(nodes := sorted(grid.get_node_ids())) < MIN_CLIENTS:
+        logger.info("waiting for clients: %d of %d are connected", len(nodes), MIN_CLIENTS)
+        time.sleep(1)
+    queries = [Message(RecordDict(), node, f"query.{VOCABULARY}") for node in nodes]
+    shared: CharTokenizer | None = None
+    for reply in grid.send_and_receive(queries):
+        if reply.has_error():
+            raise DataError(f"corpus is {NO_CORPUS!r}, and a client refused: {reply.error.reason}")
+        answer = reply.content.config_records["client"]
+        tokenizer = CharTokenizer.from_json(str(answer["tokenizer"]))
+        shared = shared or tokenizer
+        check_vocabulary(str(answer["label"]), tokenizer, shared)
+    if shared is None:
+        raise DataError(f"corpus is {NO_CORPUS!r}, and no client told its vocabulary")
+    return shared
+
+
+def sample_prompt(settings: Settings, tokenizer: CharTokenizer) -> str:
+    """What the sample goes on from: the setting, else a line break where the text has one."""
+    if not settings.sample_prompt:
+        return "\n" if "\n" in tokenizer.vocab else tokenizer.vocab[0]
+    try:
+        tokenizer.encode(settings.sample_prompt)
+    except DataError as error:
+        raise SettingsError(f"sample-prompt is {settings.sample_prompt!r}: {error}") from error
+    return settings.sample_prompt
+
+
+def write(model: GPT, tokenizer: CharTokenizer, prompt: str, settings: Settings) -> Iterator[str]:
+    """The sample, a character at a time."""
+    tokens = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))[None]
+    for token in stream(
         model,
-        prompt,
+        tokens,
         settings.sample_tokens,
         temperature=settings.temperature,
         top_k=settings.top_k,
         seed=settings.seed,
-    )
-    sample = settings.sample_prompt + tokenizer.decode([int(token) for token in tokens])
-    directory.write_sample(sample)
-    print(history.table(), flush=True)
-    print(f"\n--- sample\n{sample}\n---\noutput: {directory.path}", flush=True)
+    ):
+        yield tokenizer.decode([int(token)])

@@ -23,8 +23,8 @@ def _choice(default: str, *choices: str) -> Any:
     return _key(default, " or ".join(f'"{choice}"' for choice in choices), choices.__contains__)
 
 
-def _text(default: str, allowed: str) -> Any:
-    return _key(default, allowed, bool)
+def _text(default: str, allowed: str, *, least: int = 1) -> Any:
+    return _key(default, allowed, lambda value: len(value) >= least)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Settings:
     )
     seed: int = _key(1337, "a whole number from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
     corpus: str = _text(
-        "auto", '"auto", "tiny-shakespeare", "nine-plays", or the path of a UTF-8 text file'
+        "auto", '"auto", "tiny-shakespeare", "nine-plays", "none", or the path of a UTF-8 text file'
     )
     device: str = _text("auto", '"auto", "cpu", "cuda" or "mps"')
     precision: str = _choice("auto", "auto", "fp32", "bf16")
@@ -60,7 +60,7 @@ class Settings:
         1.0, "a number of at least 0 and at most 1", lambda value: 0.0 <= value <= 1.0
     )
     sample_tokens: int = _count(500, least=0)
-    sample_prompt: str = _text("\n", "a text of at least one character of the vocabulary")
+    sample_prompt: str = _text("", "a text of characters of the vocabulary", least=0)
     temperature: float = _key(0.8, "a number of at least 0", lambda value: 0.0 <= value < 1e6)
     top_k: int = _count(0, least=0)
     output_dir: str = _text("runs", "a directory that can be written")
@@ -84,17 +84,16 @@ class Settings:
             if type(value) is not item.type or not item.metadata["check"](value):
                 wrong.append(f"{key} is {value!r}; it must be {item.metadata['allowed']}")
             values[item.name] = value
-        n_embd, n_head = (values.get(name, known_default(name)) for name in ("n_embd", "n_head"))
-        if not wrong and n_embd % n_head:
-            wrong.append(f"n-embd is {n_embd}; it must be divisible by n-head, which is {n_head}")
         if wrong:
             raise SettingsError("; ".join(wrong))
-        return cls(**values)  # type: ignore[arg-type]
+        settings = cls(**values)  # type: ignore[arg-type]
+        if settings.n_embd % settings.n_head:
+            raise SettingsError(
+                f"n-embd is {settings.n_embd}; it must be divisible by n-head, which is "
+                f"{settings.n_head}"
+            )
+        return settings
 
     def to_run_config(self) -> dict[str, Value]:
         """All settings under their run-config keys."""
         return {name.replace("_", "-"): value for name, value in asdict(self).items()}
-
-
-def known_default(name: str) -> Any:
-    return next(item.default for item in fields(Settings) if item.name == name)

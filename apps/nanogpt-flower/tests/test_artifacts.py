@@ -55,6 +55,19 @@ def test_rounds_are_averaged_printed_written_and_drawn(
     assert (directory.path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_the_servers_text_the_clients_figure_is_shown(
+    directory: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history = History(directory)
+    history.finish_round(0, None)
+    reply = RecordDict({"metrics": MetricRecord({"val-loss": 2.0, "num-examples": 5})})
+    history.aggregate("val-loss")([reply], "num-examples")
+    history.finish_round(1, None)
+    _, before, after = capsys.readouterr().out.splitlines()
+    assert before.split() == ["0", "-", "-", "-"]
+    assert after.split() == ["1", "-", "2.0000", "7.39"]
+
+
 def test_the_config_holds_what_the_figures_depend_on(
     directory: RunDirectory, text_file: Path
 ) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from nanogpt_flower.local import MARK
+from nanogpt_flower.local import MARK, Federation
+from shakespeare_data import load_corpus, write_partitions
 
 
 def command(runtime: str, app: Path, settings: dict[str, Any], *options: str) -> list[str]:
@@ -137,3 +138,39 @@ def test_supernodes_train_on_their_own_directories(
     (directory,) = run_directories(tmp_path / "runs")
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert rows[1]["val_loss"] < rows[0]["val_loss"]
+
+
+def test_a_server_without_text_takes_its_clients_vocabulary(
+    app_directory: Path, tiny: dict[str, Any], text_file: Path, tmp_path: Path
+) -> None:
+    parts = write_partitions(load_corpus(str(text_file)), 2, tmp_path / "datasets")
+    settings = tiny | {
+        "corpus": "none",
+        "num-server-rounds": 1,
+        "output-dir": str(tmp_path / "out"),
+    }
+    with Federation(tmp_path / "home") as federation:
+        federation.start_superlink()
+        for number, part in enumerate(parts):
+            federation.start_supernode(f"supernode-{number}", f"data-path='{part}'")
+        federation.run(app_directory, settings)
+    (directory,) = run_directories(tmp_path / "out")
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["val_loss"] is None
+    assert 0 < rows[1]["client_val_loss"] < 3
+    tokenizer = json.loads((directory / "model" / "tokenizer.json").read_text())
+    assert tokenizer["vocab"] == "".join(sorted(set(text_file.read_text())))
+    assert json.loads((directory / "config.json").read_text())["corpus"] is None
+
+
+def test_flower_accepts_the_app_for_publishing(app_directory: Path, tmp_path: Path) -> None:
+    flwr = Path(sys.executable).with_name("flwr")
+    built = subprocess.run(
+        [flwr, "build", "--app", str(app_directory)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert len(list(tmp_path.glob("*.fab"))) == 1

@@ -164,3 +164,17 @@ def test_a_metric_that_is_no_number_is_named(value: object) -> None:
     app = torch_client_app(build, returning({"num-examples": 1, "loss": value}))
     with pytest.raises(TypeError, match="my_train returned loss ="):
         app(message(), context())
+
+
+def test_a_query_is_answered_by_its_function_and_refused_by_its_error() -> None:
+    def vocabulary(context: Context) -> ConfigRecord:
+        if "path" not in context.node_config:
+            raise ValueError("there is no path")
+        return ConfigRecord({"characters": "ab"})
+
+    app = torch_client_app(build, add_one, queries={"vocabulary": vocabulary})
+    answer = app(message("query.vocabulary"), context(path="x"))
+    assert answer.content.config_records["client"]["characters"] == "ab"
+    assert (
+        app(message("query.vocabulary"), context()).error.reason == "ValueError: there is no path"
+    )

@@ -33,6 +33,7 @@ Model = TypeVar("Model", bound=nn.Module)
 BuildModel: TypeAlias = Callable[[ConfigRecord, Context], Model]
 Work: TypeAlias = Callable[[Model, ConfigRecord, Context], Metrics]
 REFUSED = (ValueError, ArithmeticError, OSError)
+Query: TypeAlias = Callable[[Context], ConfigRecord]
 Handler: TypeAlias = Callable[[Message, Context], Message]
 
 # Flower's own logger, so that the traceback appears in the client's log.
@@ -45,6 +46,7 @@ def torch_client_app(
     evaluate: Work[Model] | None = None,
     *,
     label: Callable[[Context], str] | None = None,
+    queries: Mapping[str, Query] | None = None,
 ) -> ClientApp:
     """A ClientApp that trains, and evaluates, the model that the server sends.
 
@@ -57,6 +59,9 @@ def torch_client_app(
     Each reply carries `label(context)`, which must be the same in every run for `Seeded` to work.
     Its default is "partition 0007" for the node's partition-id 7, else the node id, which is new
     in every run.
+
+    `queries` are further questions by name: a message of type "query.vocabulary" is answered with
+    the record that the function under "vocabulary" returns, as the record "client" of the reply.
 
     A ValueError (ArrayMismatch is one), ArithmeticError or OSError that one of the functions raises
     is logged on the client with its traceback and sent to the server as "ValueError: its text",
@@ -89,12 +94,18 @@ def torch_client_app(
             _, _, records = run(evaluate, message, context)
             return Message(records, reply_to=message)
 
-    @app.query(LABEL_ACTION)
-    @_refusing
-    def handle_label(message: Message, context: Context) -> Message:
-        return Message(RecordDict({CLIENT: label_record(label(context))}), reply_to=message)
-
+    answers = {LABEL_ACTION: lambda context: label_record(label(context)), **(queries or {})}
+    for action, answer in answers.items():
+        app.query(action)(_answering(answer))
     return app
+
+
+def _answering(answer: Query) -> Handler:
+    @_refusing
+    def handle_query(message: Message, context: Context) -> Message:
+        return Message(RecordDict({CLIENT: answer(context)}), reply_to=message)
+
+    return handle_query
 
 
 def _refusing(handler: Handler) -> Handler:

@@ -1,0 +1,63 @@
+"""What the federation adds to a client's training."""
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
+
+from flower_adapter import load_arrays, to_arrays
+from gpt_core import GPT, Runtime, build_optimizer, train_steps
+from nanogpt_flower.client_app import build_model, train
+from nanogpt_flower.composition import model_config
+from nanogpt_flower.settings import Settings
+from shakespeare_data import Batches, CharTokenizer, load_corpus, partition
+
+QUICK = Path(__file__).parents[1] / "presets" / "quick.toml"
+
+
+def test_round_of_a_client(compare: Callable[..., None], tmp_path: Path) -> None:
+    """100 steps of the quick preset, from arrays to arrays, beside the steps alone."""
+    text = tmp_path / "text.txt"
+    letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, 200_000)
+    text.write_text(letters.astype("uint8").tobytes().decode(), encoding="utf-8")
+    preset = tomllib.loads(QUICK.read_text(encoding="utf-8"))
+    settings = Settings.from_run_config(preset | {"max-steps": 100, "corpus": str(text)})
+
+    corpus = load_corpus(settings.corpus)
+    tokenizer = CharTokenizer.from_text(corpus.text)
+    config = model_config(settings, tokenizer.vocab_size)
+    torch.manual_seed(settings.seed)
+    model, runtime = GPT(config), Runtime.resolve()
+    to_client = ConfigRecord(
+        {
+            "tokenizer": tokenizer.to_json(),
+            "corpus": corpus.name,
+            "corpus-sha256": corpus.sha256,
+            "server-round": 1,
+        }
+    )
+    node = {"partition-id": 0, "num-partitions": 2}
+    context = Context(1, 2, node, RecordDict(), settings.to_run_config())
+
+    arrays = to_arrays(model)
+
+    def round_of_a_client() -> ArrayRecord:
+        received = build_model(to_client, context)
+        load_arrays(received, arrays)
+        train(received, to_client, context)
+        return to_arrays(received)
+
+    part = partition(corpus, tokenizer, 2, 0)
+    optimizer = build_optimizer(model, settings.optimizer, learning_rate=settings.learning_rate)
+    batches = Batches(part.train, settings.batch_size, settings.block_size, seed=0)
+    compare(
+        round_of_a_client,
+        lambda: train_steps(model, batches, optimizer, steps=100, runtime=runtime),
+        reference_name="the same steps without Flower",
+        amount=100 * settings.batch_size * settings.block_size,
+        unit="tokens",
+        rounds=3,
+    )

@@ -1,0 +1,64 @@
+from collections.abc import Callable, Iterable
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from nanogpt_flower.client_app import app as client_app
+from nanogpt_flower.composition import VocabularyMismatch
+from nanogpt_flower.server_app import ask_vocabulary, sample_prompt
+from nanogpt_flower.settings import Settings, SettingsError
+from shakespeare_data import CharTokenizer, DataError
+
+
+@pytest.fixture(autouse=True)
+def server_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages can only be made by a process that knows its run, as a ServerApp does."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+class Answers:
+    """A grid of two nodes, each of which answers a query with its record or an error."""
+
+    def __init__(self, *answers: Callable[[Message], Message]) -> None:
+        self.answers = answers
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(len(self.answers))
+
+    def send_and_receive(self, messages: Iterable[Message]) -> Iterable[Message]:
+        return [answer(query) for answer, query in zip(self.answers, messages, strict=True)]
+
+
+def speaking(label: str, vocab: str) -> Callable[[Message], Message]:
+    record = ConfigRecord({"label": label, "tokenizer": CharTokenizer(vocab).to_json()})
+    return lambda query: Message(RecordDict({"client": record}), reply_to=query)
+
+
+def test_a_vocabulary_that_all_clients_share_is_taken() -> None:
+    grid = Answers(speaking("left", "abc"), speaking("right", "abc"))
+    assert ask_vocabulary(grid) == CharTokenizer("abc")
+
+
+def test_two_vocabularies_are_refused_with_the_difference() -> None:
+    grid = Answers(speaking("left", "abc"), speaking("right", "abd"))
+    with pytest.raises(VocabularyMismatch, match="only in the part: 'd'; only in the model: 'c'"):
+        ask_vocabulary(grid)
+
+
+def test_a_client_without_a_directory_of_its_own_is_named() -> None:
+    node = {"partition-id": 0, "num-partitions": 2}
+    refusal = lambda query: client_app(query, Context(1, 2, node, RecordDict(), {}))  # noqa: E731
+    with pytest.raises(DataError, match="partition 0000 of 2 has no data-path"):
+        ask_vocabulary(Answers(refusal, refusal))
+
+
+def test_a_prompt_outside_the_vocabulary_is_named_with_its_character() -> None:
+    with pytest.raises(SettingsError, match=r"sample-prompt is 'abX': .*'X'"):
+        sample_prompt(Settings(sample_prompt="abX"), CharTokenizer("ab"))
+
+
+def test_the_default_prompt_fits_every_text() -> None:
+    assert sample_prompt(Settings(), CharTokenizer("\nab")) == "\n"
+    assert sample_prompt(Settings(), CharTokenizer("ab")) == "a"
