@@ -9,7 +9,14 @@ import torch
 from flwr.app import ConfigRecord, Context
 
 from flower_adapter import restore_state, save_state, torch_client_app
-from gpt_core import GPT, Progress, build_optimizer, evaluate, train_steps
+from gpt_core import (
+    GPT,
+    Progress,
+    build_optimizer,
+    evaluate,
+    learning_rate_at,
+    train_steps,
+)
 from gpt_core.train import Batch
 from nanogpt_flower.composition import (
     NO_CORPUS,
@@ -32,6 +39,8 @@ from shakespeare_data import (
     read_part,
     sequential_batches,
 )
+
+STATE = "training"  # of this client, kept between rounds
 
 logger = logging.getLogger("flwr.nanogpt_flower")
 
@@ -108,16 +117,31 @@ def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float
 
     prepared = run.prepare(model)
     optimizer = build_optimizer(model, settings.optimizer, learning_rate=settings.learning_rate)
-    state = restore_state(context, "optimizer")
+    state = restore_state(context, STATE)
+    done = 0
     if state is not None:
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["steps"]
     batches, steps = training_batches(part, settings, seed)
+
+    def learning_rate(step: int) -> float:
+        return learning_rate_at(
+            done + step, peak=settings.learning_rate, warmup_steps=settings.warmup_steps
+        )
 
     def report(progress: Progress) -> None:
         logger.info("[%s] %s", name, progress)
 
-    result = train_steps(prepared, batches, optimizer, steps=steps, runtime=run, on_progress=report)
-    save_state(context, "optimizer", optimizer.state_dict())
+    result = train_steps(
+        prepared,
+        batches,
+        optimizer,
+        steps=steps,
+        runtime=run,
+        learning_rate=learning_rate,
+        on_progress=report,
+    )
+    save_state(context, STATE, {"optimizer": optimizer.state_dict(), "steps": done + result.steps})
     return {"train-loss": result.loss, "num-examples": len(part.train)}
 
 

@@ -141,11 +141,13 @@ class Federation:
         text = (self.home / f"{name}.log").read_text(encoding="utf-8", errors="replace")
         return "\n".join(text.splitlines()[-lines:])
 
-    def processes(self) -> list[psutil.Process]:
+    def processes(self) -> set[psutil.Process]:
         """Every living process that this federation started, however far down."""
-        return [process for process in psutil.process_iter() if self._is_ours(process)]
+        marked = {process for process in psutil.process_iter() if self._is_marked(process)}
+        # Ray's agents rename themselves over their environment; their parents still have it
+        return marked.union(*(_descendants(process) for process in marked))
 
-    def _is_ours(self, process: psutil.Process) -> bool:
+    def _is_marked(self, process: psutil.Process) -> bool:
         try:
             return bool(process.environ().get(MARK) == self._mark)
         except (psutil.Error, OSError):
@@ -153,15 +155,28 @@ class Federation:
 
     def end(self) -> None:
         """End them all: asked first, killed after ten seconds."""
-        for process in self.processes():
-            _signal(process, signal.SIGTERM)
+        asked: set[psutil.Process] = set()
         deadline = time.monotonic() + END_SECONDS
-        while time.monotonic() < deadline and self.processes():
-            time.sleep(0.2)
-        while remaining := self.processes():
-            for process in remaining:
-                _signal(process, signal.SIGKILL)
-            psutil.wait_procs(remaining, timeout=1.0)
+        while living := {process for process in self.processes() | asked if _lives(process)}:
+            late = time.monotonic() > deadline
+            for process in living if late else living - asked:
+                _signal(process, signal.SIGKILL if late else signal.SIGTERM)
+            asked |= living
+            psutil.wait_procs(living, timeout=0.2)
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:
@@ -251,7 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides: list[str] = parsed.arguments
     if overrides and "=" not in overrides[0]:
         preset, *overrides = overrides
-    signal.signal(signal.SIGTERM, _interrupt)
+    for ending in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT
+        signal.signal(ending, _interrupt)
     try:
         config = read_run_config(parsed.app, preset, overrides)
         config.setdefault("output-dir", str(Path("runs").resolve()))

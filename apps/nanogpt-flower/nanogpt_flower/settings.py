@@ -37,6 +37,7 @@ class Settings:
     learning_rate: float = _key(
         1e-3, "a number above 0 and at most 1", lambda value: 0.0 < value <= 1.0
     )
+    warmup_steps: int = _count(20, least=0)
     optimizer: str = _choice("adamw", "adamw", "muon")
     batch_size: int = _count(64)
     block_size: int = _count(256)

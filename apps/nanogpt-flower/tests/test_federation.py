@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
-from nanogpt_flower.local import MARK, Federation
+from nanogpt_flower.local import Federation
 from shakespeare_data import load_corpus, write_partitions
+
+PROGRAMS = re.compile(r"flower-super|flwr|ray::|raylet|gcs_server")
 
 
 def command(runtime: str, app: Path, settings: dict[str, Any], *options: str) -> list[str]:
@@ -39,22 +42,24 @@ def run_directories(output: Path) -> list[Path]:
     return sorted(output.iterdir()) if output.exists() else []
 
 
-def left_over() -> list[str]:
-    """Programs still alive that a federation of ours started."""
-    alive = []
+def flower_processes() -> set[psutil.Process]:
+    """Living programs of Flower and Ray, by name, whoever started them."""
+    living = set()
     for process in psutil.process_iter():
         try:
-            if MARK in process.environ():
-                alive.append(" ".join(process.cmdline()))
-        except (psutil.Error, OSError):
+            words = " ".join([process.name(), *process.cmdline()])
+            if process.status() != psutil.STATUS_ZOMBIE and PROGRAMS.search(words):
+                living.add(process)
+        except psutil.NoSuchProcess:
             continue
-    return alive
+    return living
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_running() -> Iterator[None]:
+    before = flower_processes()
     yield
-    assert left_over() == []
+    assert flower_processes() - before == set()
 
 
 def test_two_simulated_runs_of_one_seed_have_equal_metrics(
@@ -119,7 +124,7 @@ def test_ctrl_c_ends_every_process(
         while "trains on" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.5)
         assert "trains on" in log.read_text()
-        assert left_over()
+        assert flower_processes()
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         assert process.wait(60) == 130
 

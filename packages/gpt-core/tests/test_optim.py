@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpt_core import GPT, ConfigError, Muon, build_optimizer
+from gpt_core import GPT, ConfigError, Muon, build_optimizer, learning_rate_at
 from gpt_core.optim import orthogonalise
 
 
@@ -84,6 +84,12 @@ def test_a_restored_state_continues_bit_for_bit(model: GPT, name: str) -> None:
     steps(resumed, again, slice(3, 6))
     for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_learning_rate_rises_linearly_and_stays() -> None:
+    rates = [learning_rate_at(step, peak=0.8, warmup_steps=4) for step in range(1, 7)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert learning_rate_at(1, peak=0.8) == 0.8
 
 
 def test_bad_settings_are_named(model: GPT) -> None:

@@ -47,6 +47,22 @@ def test_a_small_text_is_learned_by_heart(model: GPT, cpu: Runtime) -> None:
     assert evaluate(model, batches(1), runtime=cpu) < 0.5
 
 
+def test_each_step_takes_its_learning_rate(model: GPT, cpu: Runtime) -> None:
+    """Plain gradient descent moves a parameter by exactly the rate times its gradient."""
+    weight = torch.nn.Parameter(torch.tensor(0.0))
+
+    class Slope(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[None, torch.Tensor]:
+            return None, -weight
+
+    optimizer = torch.optim.SGD([weight], lr=100.0)
+    rates = [0.0, 0.5, 0.25, 0.125]
+    train_steps(
+        Slope(), batches(3), optimizer, steps=3, runtime=cpu, learning_rate=rates.__getitem__
+    )
+    assert weight.item() == 0.5 + 0.25 + 0.125
+
+
 def test_progress_tells_the_first_and_the_last_step(model: GPT, cpu: Runtime) -> None:
     news: list[Progress] = []
     optimizer = build_optimizer(model, learning_rate=0.01)

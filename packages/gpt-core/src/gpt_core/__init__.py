@@ -6,7 +6,7 @@ from gpt_core.checkpoint import CheckpointError, from_pretrained, save_pretraine
 from gpt_core.config import ConfigError, GPTConfig
 from gpt_core.generate import generate, stream
 from gpt_core.model import GPT, GPTOutput, KVCache
-from gpt_core.optim import Muon, build_optimizer
+from gpt_core.optim import Muon, build_optimizer, learning_rate_at
 from gpt_core.runtime import Runtime
 from gpt_core.train import Progress, TrainingDiverged, TrainResult, evaluate, train_steps
 
@@ -31,6 +31,7 @@ __all__ = [
     "evaluate",
     "from_pretrained",
     "generate",
+    "learning_rate_at",
     "save_pretrained",
     "stream",
     "train_steps",

@@ -146,3 +146,13 @@ def build_optimizer(
             parts=lambda parameter: 3 if id(parameter) in fused_qkv else 1,
         )
     raise ConfigError(f"optimizer is {name!r}; allowed are {', '.join(OPTIMIZERS)}")
+
+
+def learning_rate_at(step: int, *, peak: float, warmup_steps: int = 0) -> float:
+    """The learning rate of optimizer step `step`, counted from 1: linear to `peak`, then `peak`.
+
+    Without a warm-up, Adam's first updates are as long as any later one, in directions taken from
+    few gradients; a GPT with GPT-2's small initial weights then loses what it has learned, once or
+    several times, in its first dozens of steps.
+    """
+    return peak * min(1.0, step / warmup_steps) if warmup_steps else peak

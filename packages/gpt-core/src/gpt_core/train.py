@@ -52,6 +52,7 @@ def train_steps(
     steps: int,
     runtime: Runtime,
     grad_clip: float = 1.0,
+    learning_rate: Callable[[int], float] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     progress_seconds: float = 5.0,
 ) -> TrainResult:
@@ -61,6 +62,7 @@ def train_steps(
         model: called as `model(x, y)`, returning `(logits, loss)`; left in training mode.
         batches: at least `steps` pairs of int64 (B, T).
         grad_clip: largest norm of the gradient over all parameters; 0 for no limit.
+        learning_rate: of a step, counted from 1; None leaves the optimizer's own.
         on_progress: told of the first step, the last, and one every `progress_seconds` between.
 
     Raises:
@@ -85,6 +87,9 @@ def train_steps(
         loss.backward()
         if grad_clip > 0:
             nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        if learning_rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done, tokens = step, tokens + x.numel()
