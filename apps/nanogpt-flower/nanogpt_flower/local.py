@@ -54,6 +54,7 @@ class Federation:
         self.home = home
         self.port = free_port()
         self._mark = uuid.uuid4().hex
+        self._started: list[subprocess.Popen[bytes]] = []
         self._environment = os.environ | {
             # Flower starts its own programs by bare name
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
@@ -78,13 +79,15 @@ class Federation:
     def start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start one of Flower's programs in the background, its log in `<home>/<name>.log`."""
         with (self.home / f"{name}.log").open("wb") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [program(command[0]), *command[1:]],
                 env=self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
             )
+        self._started.append(process)
+        return process
 
     def start_superlink(self, *options: str) -> None:
         """Start the SuperLink and wait until it answers.
@@ -163,6 +166,8 @@ class Federation:
                 _signal(process, signal.SIGKILL if late else signal.SIGTERM)
             asked |= living
             psutil.wait_procs(living, timeout=0.2)
+        for started in self._started:
+            started.wait()
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

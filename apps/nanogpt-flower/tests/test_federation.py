@@ -1,8 +1,8 @@
 """Real runs of Flower's two runtimes, with a tiny model."""
 
+import ctypes
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,7 +17,7 @@ import pytest
 from nanogpt_flower.local import Federation
 from shakespeare_data import load_corpus, write_partitions
 
-PROGRAMS = re.compile(r"flower-super|flwr|ray::|raylet|gcs_server")
+PR_SET_CHILD_SUBREAPER = 36  # of Linux' prctl
 
 
 def command(runtime: str, app: Path, settings: dict[str, Any], *options: str) -> list[str]:
@@ -42,24 +42,19 @@ def run_directories(output: Path) -> list[Path]:
     return sorted(output.iterdir()) if output.exists() else []
 
 
-def flower_processes() -> set[psutil.Process]:
-    """Living programs of Flower and Ray, by name, whoever started them."""
-    living = set()
-    for process in psutil.process_iter():
-        try:
-            words = " ".join([process.name(), *process.cmdline()])
-            if process.status() != psutil.STATUS_ZOMBIE and PROGRAMS.search(words):
-                living.add(process)
-        except psutil.NoSuchProcess:
-            continue
-    return living
+def descendants() -> list[psutil.Process]:
+    """Living processes that this one started, however far down."""
+    children = psutil.Process().children(recursive=True)
+    return [process for process in children if process.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_running() -> Iterator[None]:
-    before = flower_processes()
+    if sys.platform == "linux":
+        # orphans become children of this process, so that none can hide behind init
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     yield
-    assert flower_processes() - before == set()
+    assert descendants() == []
 
 
 def test_two_simulated_runs_of_one_seed_have_equal_metrics(
@@ -124,7 +119,7 @@ def test_ctrl_c_ends_every_process(
         while "trains on" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.5)
         assert "trains on" in log.read_text()
-        assert flower_processes()
+        assert len(descendants()) > 5
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         assert process.wait(60) == 130
 
