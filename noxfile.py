@@ -27,7 +27,7 @@ def project(package: str) -> dict[str, object]:
 
 
 def needed(package: str) -> list[str]:
-    """The directories to install with a package: itself, and what it needs of the others."""
+    """The other directories to install with a package."""
     return LIBRARIES if package == APP else []
 
 

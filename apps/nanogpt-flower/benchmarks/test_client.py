@@ -24,13 +24,15 @@ def test_round_of_a_client(compare: Callable[..., None], tmp_path: Path) -> None
     letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, 200_000)
     text.write_text(letters.astype("uint8").tobytes().decode(), encoding="utf-8")
     preset = tomllib.loads(QUICK.read_text(encoding="utf-8"))
-    settings = Settings.from_run_config(preset | {"max-steps": 100, "corpus": str(text)})
+    settings = Settings.from_run_config(
+        preset | {"max-steps": 100, "device": "cpu", "corpus": str(text)}
+    )
 
     corpus = load_corpus(settings.corpus)
     tokenizer = CharTokenizer.from_text(corpus.text)
     config = model_config(settings, tokenizer.vocab_size)
     torch.manual_seed(settings.seed)
-    model, runtime = GPT(config), Runtime.resolve()
+    model, runtime = GPT(config), Runtime.resolve(device="cpu")
     to_client = ConfigRecord(
         {
             "tokenizer": tokenizer.to_json(),

@@ -1,6 +1,7 @@
 """`nanogpt-flower sample`: text from a trained model, streamed."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,13 @@ def load_model(directory: Path) -> tuple[GPT, CharTokenizer]:
     """Model and tokenizer of a run directory, or of the `model/` in it."""
     inside = directory / MODEL_DIRECTORY
     directory = inside if inside.is_dir() else directory
-    return from_pretrained(directory), CharTokenizer.load(directory / TOKENIZER_FILE)
+    model, tokenizer = from_pretrained(directory), CharTokenizer.load(directory / TOKENIZER_FILE)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise CheckpointError(
+            f"{directory / TOKENIZER_FILE} has {tokenizer.vocab_size} characters, the model beside "
+            f"it {model.config.vocab_size}"
+        )
+    return model, tokenizer
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -64,4 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, ConfigError, DataError, ValueError) as error:
         print(f"nanogpt-flower: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0

@@ -81,7 +81,7 @@ def own_part(settings: Settings, config: ConfigRecord, context: Context) -> Part
             int(node["partition-id"]),
             block_size=settings.block_size,
         )
-    check_vocabulary(name, part.tokenizer, tokenizer)
+    check_vocabulary(name, part.tokenizer, "the server's model", tokenizer)
     return part
 
 

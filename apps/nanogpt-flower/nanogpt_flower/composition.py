@@ -28,22 +28,23 @@ def runtime(settings: Settings) -> Runtime:
 
 
 class VocabularyMismatch(ValueError):
-    """A client's part and the server's model do not speak the same characters."""
+    """Two parties of one run do not have the same characters."""
 
 
-def check_vocabulary(part: str, own: CharTokenizer, model: CharTokenizer) -> None:
-    """Refuse a part whose characters are not those of the model, naming both."""
-    if own == model:
+def check_vocabulary(name: str, own: CharTokenizer, other_name: str, other: CharTokenizer) -> None:
+    """Refuse two vocabularies that differ, naming both and how."""
+    if own == other:
         return
 
-    def only(one: CharTokenizer, other: CharTokenizer) -> str:
-        return repr("".join(sorted(set(one.vocab) - set(other.vocab)))) or "none"
+    def only(one: CharTokenizer, another: CharTokenizer) -> str:
+        characters = "".join(sorted(set(one.vocab) - set(another.vocab)))
+        return repr(characters) if characters else "none"
 
     raise VocabularyMismatch(
-        f"the vocabulary of {part} ({own.vocab_size} characters, fingerprint {own.fingerprint}) is "
-        f"not that of the server's model ({model.vocab_size} characters, fingerprint "
-        f"{model.fingerprint}); only in the part: {only(own, model)}; only in the model: "
-        f"{only(model, own)}. Partition all parts from one corpus, and run the server on the same."
+        f"the vocabulary of {name} ({own.vocab_size} characters, fingerprint {own.fingerprint}) is "
+        f"not that of {other_name} ({other.vocab_size} characters, fingerprint "
+        f"{other.fingerprint}); only in the first: {only(own, other)}; only in the second: "
+        f"{only(other, own)}. Write all parts from one corpus, and give the server the same."
     )
 
 

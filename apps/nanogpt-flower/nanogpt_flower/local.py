@@ -27,11 +27,17 @@ from types import FrameType
 from typing import Any, Self
 
 import psutil
+import tomli_w
 
+from nanogpt_flower.composition import NO_CORPUS
 from shakespeare_data import load_corpus, write_partitions
 
 CONNECTION = "here"
 MARK = "NANOGPT_FLOWER_LOCAL"  # in the environment of every process that a federation starts
+# SIGINT too: a shell's background jobs are started with it ignored. Windows has no SIGHUP.
+ENDING_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 START_SECONDS = 60.0
 END_SECONDS = 10.0
 
@@ -54,12 +60,11 @@ class Federation:
         self.home = home
         self.port = free_port()
         self._mark = uuid.uuid4().hex
-        self._started: list[subprocess.Popen[bytes]] = []
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
         self._environment = os.environ | {
             # Flower starts its own programs by bare name
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
             "FLWR_HOME": str(home),
-            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(self.port),
             "RAY_DEDUP_LOGS": "0",  # else Ray takes two clients' progress for one line
             MARK: self._mark,
         }
@@ -86,7 +91,7 @@ class Federation:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
             )
-        self._started.append(process)
+        self._started[name] = process
         return process
 
     def start_superlink(self, *options: str) -> None:
@@ -114,14 +119,21 @@ class Federation:
         """`flwr run`, streamed, to the end of the run.
 
         Raises:
-            LocalRunError: if the run could not be started or did not complete.
+            LocalRunError: if the run could not be started or did not complete, or if a program of
+                the federation ended before it; its log is quoted.
         """
         config = self.home / "run-config.toml"
-        lines = [f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()]
-        config.write_text("".join(lines), encoding="utf-8")
+        config.write_text(tomli_w.dumps(run_config), encoding="utf-8")
         command = [program("flwr"), "run", str(app), CONNECTION, "--stream", *options]
         command += ["--run-config", str(config)] if run_config else []
-        if subprocess.run(command, env=self._environment, check=False).returncode:
+        with subprocess.Popen(command, env=self._environment) as streaming:
+            while streaming.poll() is None:
+                time.sleep(0.5)
+                for name, started in self._started.items():
+                    if started.poll() is not None:
+                        streaming.terminate()
+                        raise LocalRunError(f"{name} ended during the run: {self.tail(name)}")
+        if streaming.returncode:
             raise LocalRunError("`flwr run` did not start the run; its message stands above")
         status, details = self.outcome()
         if status != "finished:completed":
@@ -144,6 +156,12 @@ class Federation:
         text = (self.home / f"{name}.log").read_text(encoding="utf-8", errors="replace")
         return "\n".join(text.splitlines()[-lines:])
 
+    def told(self, name: str) -> str:
+        """What a SuperNode's log says of data and errors, without the steps."""
+        text = (self.home / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+        kept = ("trains on", "ERROR", "Error:")
+        return "\n".join(line for line in text.splitlines() if any(k in line for k in kept))
+
     def processes(self) -> set[psutil.Process]:
         """Every living process that this federation started, however far down."""
         marked = {process for process in psutil.process_iter() if self._is_marked(process)}
@@ -163,10 +181,10 @@ class Federation:
         while living := {process for process in self.processes() | asked if _lives(process)}:
             late = time.monotonic() > deadline
             for process in living if late else living - asked:
-                _signal(process, signal.SIGKILL if late else signal.SIGTERM)
+                _end(process, kill=late)
             asked |= living
             psutil.wait_procs(living, timeout=0.2)
-        for started in self._started:
+        for started in self._started.values():
             started.wait()
 
 
@@ -184,9 +202,9 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
-def _signal(process: psutil.Process, number: signal.Signals) -> None:
+def _end(process: psutil.Process, *, kill: bool) -> None:
     try:
-        process.send_signal(number)
+        process.kill() if kill else process.terminate()
     except psutil.NoSuchProcess:
         return
 
@@ -200,7 +218,7 @@ def read_run_config(app: Path, preset: str, overrides: Sequence[str]) -> dict[st
     """The keys of a preset ("full" has none), then each `key=value` on top.
 
     Raises:
-        LocalRunError: for an unknown preset, or an override that is not TOML.
+        LocalRunError: for an unknown preset, or an override without a key.
     """
     names = sorted(path.stem for path in (app / "presets").glob("*.toml"))
     if preset != "full" and preset not in names:
@@ -209,38 +227,51 @@ def read_run_config(app: Path, preset: str, overrides: Sequence[str]) -> dict[st
     if preset != "full":
         config = tomllib.loads((app / "presets" / f"{preset}.toml").read_text(encoding="utf-8"))
     for override in overrides:
-        key, _, value = override.partition("=")
-        try:
-            config[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError as error:
-            raise LocalRunError(
-                f"the override is {override!r}; it must be key=value with a TOML value "
-                f"(a text in quotes): {error}"
-            ) from error
+        key, equals, value = override.partition("=")
+        if not key or not equals:
+            raise LocalRunError(f"the override is {override!r}; it must be key=value")
+        config[key] = _value(value)
+    if config.get("corpus") and Path(str(config["corpus"])).is_file():
+        config["corpus"] = str(Path(str(config["corpus"])).resolve())
     return config
 
 
-def simulate(app: Path, run_config: Mapping[str, Any], *, num_clients: int, cpus: int) -> None:
+def _value(text: str) -> Any:
+    """A TOML value; what is none is a text, whose quotes a shell has taken."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def simulate(app: Path, run_config: Mapping[str, Any], options: argparse.Namespace) -> None:
     """One run in the Simulation Runtime."""
+    size = {
+        "num-supernodes": options.num_clients,
+        "client-resources-num-cpus": options.cpus,
+        "client-resources-num-gpus": options.gpus,
+    }
     with _temporary_federation() as federation:
         federation.start_superlink("--simulation", "--isolation", "subprocess")
-        size = f"num-supernodes={num_clients} client-resources-num-cpus={cpus}"
-        federation.run(app, run_config, "--federation-config", size)
+        pairs = " ".join(f"{key}={value}" for key, value in size.items())
+        federation.run(app, run_config, "--federation-config", pairs)
 
 
-def deploy(app: Path, run_config: Mapping[str, Any], *, num_clients: int, datasets: Path) -> None:
+def deploy(app: Path, run_config: Mapping[str, Any], options: argparse.Namespace) -> None:
     """One run in the Deployment Runtime: a SuperNode a part, each with its own directory."""
-    corpus = load_corpus(str(run_config.get("corpus", "auto")))
-    parts = write_partitions(corpus, num_clients, datasets)
+    corpus = str(run_config.get("corpus", "auto"))
+    text = load_corpus("auto" if corpus == NO_CORPUS else corpus)
     with _temporary_federation() as federation:
+        parts = write_partitions(text, options.num_clients, federation.home / "datasets")
         federation.start_superlink()
-        for number, part in enumerate(parts):
-            node_config = f"data-path='{part.resolve()}'"
-            federation.start_supernode(f"supernode-{number}", node_config)
-        federation.run(app, {**run_config, "corpus": corpus.name})
-        for number in range(num_clients):
-            print(f"--- log of SuperNode {number}")
-            print(_trained(federation.home / f"supernode-{number}.log"))
+        names = [f"supernode-{number}" for number in range(options.num_clients)]
+        for name, part in zip(names, parts, strict=True):
+            federation.start_supernode(name, f"data-path='{part.resolve()}'")
+        try:
+            federation.run(app, run_config)
+        finally:
+            for name in names:
+                print(f"--- log of {name}\n{federation.told(name)}", flush=True)
 
 
 @contextmanager
@@ -252,44 +283,41 @@ def _temporary_federation() -> Iterator[Federation]:
         yield federation
 
 
-def _trained(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(line for line in lines if "trains on" in line or "ERROR" in line)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it; the exit status is 0 only if the run completed."""
     parser = argparse.ArgumentParser(prog="python -m nanogpt_flower.local")
     parser.add_argument("runtime", choices=("simulate", "deploy"))
     parser.add_argument("arguments", nargs="*", metavar="[preset] key=value")
     parser.add_argument("--app", type=Path, required=True, help="the app's directory")
-    parser.add_argument("--num-clients", type=int, default=2)
+    parser.add_argument("--num-clients", type=int, default=2, help="at least 2 (2)")
     parser.add_argument("--cpus", type=int, default=1, help="of a simulated client (1)")
-    parser.add_argument("--datasets", type=Path, default=Path("datasets"), help="of deploy")
-    parsed = parser.parse_intermixed_args(argv)
+    parser.add_argument("--gpus", type=float, default=0.0, help="share of a simulated client (0)")
+    options = parser.parse_intermixed_args(argv)
+    if options.num_clients < 2:
+        parser.error(f"--num-clients is {options.num_clients}; it must be at least 2")
     preset = "quick"
-    overrides: list[str] = parsed.arguments
+    overrides: list[str] = options.arguments
     if overrides and "=" not in overrides[0]:
         preset, *overrides = overrides
-    for ending in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT
+    for ending in ENDING_SIGNALS:
         signal.signal(ending, _interrupt)
     try:
-        config = read_run_config(parsed.app, preset, overrides)
+        config = read_run_config(options.app, preset, overrides)
         config.setdefault("output-dir", str(Path("runs").resolve()))
-        if parsed.runtime == "simulate":
-            simulate(parsed.app, config, num_clients=parsed.num_clients, cpus=parsed.cpus)
-        else:
-            deploy(parsed.app, config, num_clients=parsed.num_clients, datasets=parsed.datasets)
+        run = simulate if options.runtime == "simulate" else deploy
+        run(options.app, config, options)
     except (LocalRunError, ValueError) as error:
-        print(f"{parsed.runtime}: error: {error}", file=sys.stderr)
+        print(f"{options.runtime}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{parsed.runtime}: interrupted; every process has ended", file=sys.stderr)
+        print(f"{options.runtime}: interrupted; every process has ended", file=sys.stderr)
         return 130
     return 0
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
+    for ending in ENDING_SIGNALS:  # a second Ctrl-C must not stop the clearing up
+        signal.signal(ending, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

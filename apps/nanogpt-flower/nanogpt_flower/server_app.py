@@ -4,15 +4,17 @@ import logging
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.app.typing import ConfigRecordValues
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+from numpy.typing import NDArray
 
 from flower_adapter import Guarded, Seeded, load_arrays, to_arrays
 from gpt_core import GPT, Runtime, evaluate, stream
-from nanogpt_flower.artifacts import History, RunDirectory
+from nanogpt_flower.artifacts import RunDirectory
 from nanogpt_flower.composition import (
     NO_CORPUS,
     VOCABULARY,
@@ -20,6 +22,7 @@ from nanogpt_flower.composition import (
     model_config,
     runtime,
 )
+from nanogpt_flower.history import History
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, Corpus, DataError, load_corpus, sequential_batches
 
@@ -37,6 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     corpus = None if settings.corpus == NO_CORPUS else load_corpus(settings.corpus)
     tokenizer = CharTokenizer.from_text(corpus.text) if corpus else ask_vocabulary(grid)
     prompt = sample_prompt(settings, tokenizer)
+    validation = validation_split(settings, corpus, tokenizer)
     directory = RunDirectory.create(settings.output_dir, context.run_id)
 
     torch.manual_seed(settings.seed)
@@ -46,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
     logger.info("corpus: %s", f"{corpus.name} ({corpus.source})" if corpus else "none here")
     logger.info("model: %.2fM parameters; server: %s", model.num_parameters() / 1e6, run)
     history = History(directory, note=corpus.note if corpus else NO_CORPUS_NOTE)
-    run_rounds(grid, settings, corpus, tokenizer, model, run, history)
+    run_rounds(grid, settings, corpus, tokenizer, validation, model, run, history)
 
     sample = prompt + "".join(write(model, tokenizer, prompt, settings))
     directory.write_sample(sample)
@@ -62,12 +66,12 @@ def run_rounds(
     settings: Settings,
     corpus: Corpus | None,
     tokenizer: CharTokenizer,
+    validation: NDArray[np.uint16] | None,
     model: GPT,
     run: Runtime,
     history: History,
 ) -> None:
     """Federated averaging; afterwards `model` is the last average, saved after every round."""
-    validation = tokenizer.encode(corpus.split()[1]) if corpus else None
     initial = to_arrays(model)
     prepared = run.prepare(model)
 
@@ -117,17 +121,32 @@ def ask_vocabulary(grid: Grid) -> CharTokenizer:
         logger.info("waiting for clients: %d of %d are connected", len(nodes), MIN_CLIENTS)
         time.sleep(1)
     queries = [Message(RecordDict(), node, f"query.{VOCABULARY}") for node in nodes]
-    shared: CharTokenizer | None = None
+    shared: tuple[str, CharTokenizer] | None = None
     for reply in grid.send_and_receive(queries):
         if reply.has_error():
             raise DataError(f"corpus is {NO_CORPUS!r}, and a client refused: {reply.error.reason}")
         answer = reply.content.config_records["client"]
-        tokenizer = CharTokenizer.from_json(str(answer["tokenizer"]))
-        shared = shared or tokenizer
-        check_vocabulary(str(answer["label"]), tokenizer, shared)
+        told = str(answer["label"]), CharTokenizer.from_json(str(answer["tokenizer"]))
+        shared = shared or told
+        check_vocabulary(*told, *shared)
     if shared is None:
         raise DataError(f"corpus is {NO_CORPUS!r}, and no client told its vocabulary")
-    return shared
+    return shared[1]
+
+
+def validation_split(
+    settings: Settings, corpus: Corpus | None, tokenizer: CharTokenizer
+) -> NDArray[np.uint16] | None:
+    """The last 10 % of the server's corpus, which must hold a window and its targets."""
+    if corpus is None:
+        return None
+    tokens = tokenizer.encode(corpus.split()[1])
+    if len(tokens) <= settings.block_size:
+        raise SettingsError(
+            f"block-size is {settings.block_size}; the validation split of {corpus.name} has "
+            f"{len(tokens)} characters, so it must be at most {len(tokens) - 1}"
+        )
+    return tokens
 
 
 def sample_prompt(settings: Settings, tokenizer: CharTokenizer) -> str:

@@ -7,8 +7,9 @@ import torch
 from flwr.app import MetricRecord, RecordDict
 
 from gpt_core import GPT, GPTConfig, Runtime
-from nanogpt_flower.artifacts import History, RunDirectory
+from nanogpt_flower.artifacts import RunDirectory
 from nanogpt_flower.cli import main
+from nanogpt_flower.history import History
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, load_corpus
 

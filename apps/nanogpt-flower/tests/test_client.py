@@ -6,8 +6,16 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context
 
-from nanogpt_flower.client_app import build_model, evaluate_part, label, own_part, train
-from nanogpt_flower.composition import VocabularyMismatch
+from flower_adapter import restore_state
+from nanogpt_flower.client_app import (
+    build_model,
+    evaluate_part,
+    label,
+    own_part,
+    train,
+    training_batches,
+)
+from nanogpt_flower.composition import VocabularyMismatch, seed_for
 from nanogpt_flower.settings import Settings
 from shakespeare_data import CharTokenizer, DataError, load_corpus, write_partitions
 
@@ -37,32 +45,44 @@ def test_equal_seeds_train_equal_models_and_rounds_differ(
 ) -> None:
     first, again = trained(context(), to_clients), trained(context(), to_clients)
     assert first[1] == again[1]
+    for one, other in zip(first[0].parameters(), again[0].parameters(), strict=True):
+        assert torch.equal(one, other)
     later = ConfigRecord({**to_clients, "server-round": 2})
     assert trained(context(), later)[1]["train-loss"] != first[1]["train-loss"]
 
 
-def test_the_optimizer_goes_on_where_its_last_round_ended(
+def test_the_optimizer_and_the_warm_up_go_on_where_the_last_round_ended(
     context: MakeContext, to_clients: ConfigRecord
 ) -> None:
-    """Two rounds of 10 steps with the kept state differ from two without it."""
-    kept, forgotten = context(max_steps=10), context(max_steps=10)
-    model, _ = trained(kept, to_clients)
-    with_state = train(model, to_clients, kept)
-    model, _ = trained(forgotten, to_clients)
-    for key in list(forgotten.state):
-        del forgotten.state[key]
-    without_state = train(model, to_clients, forgotten)
-    assert with_state["train-loss"] != without_state["train-loss"]
+    here = context(max_steps=10)
+    model, _ = trained(here, to_clients)
+    train(model, to_clients, here)
+    state = restore_state(here, "training")
+    assert state["steps"] == 20
+    # AdamW counts its own steps: 20 only if the second round began with the state of the first
+    assert {entry["step"].item() for entry in state["optimizer"]["state"].values()} == {20}
+    assert state["optimizer"]["param_groups"][0]["lr"] == 0.01
+
+
+def test_clients_and_rounds_draw_different_batches(
+    context: MakeContext, to_clients: ConfigRecord
+) -> None:
+    here = context()
+    settings = Settings.from_run_config(here.run_config)
+    part = own_part(settings, to_clients, here)
+    firsts = set()
+    for name, server_round in (("left", 1), ("right", 1), ("left", 2)):
+        batches, _ = training_batches(part, settings, seed_for(settings, name, server_round))
+        firsts.add(next(batches)[0].numpy().tobytes())
+    assert len(firsts) == 3
 
 
 def test_without_a_step_limit_an_epoch_sees_every_window_once(
-    context: MakeContext, to_clients: ConfigRecord, monkeypatch: pytest.MonkeyPatch
+    context: MakeContext, to_clients: ConfigRecord
 ) -> None:
-    import nanogpt_flower.client_app as client_app
-
     settings = Settings.from_run_config(context(max_steps=0, local_epochs=2).run_config)
     part = own_part(settings, to_clients, context())
-    batches, steps = client_app.training_batches(part, settings, [1, 2, 3])
+    batches, steps = training_batches(part, settings, [1, 2, 3])
     starts = [row[:16].tobytes() for x, _ in batches for row in x.numpy()]
     windows = part.train[: len(part.train) // 16 * 16].reshape(-1, 16).astype(np.int64)
     windows = windows[: (len(part.train) - 1) // 16]
@@ -95,7 +115,7 @@ def test_a_part_of_another_vocabulary_is_refused_with_both_named(
     model = CharTokenizer.from_json(str(to_clients["tokenizer"]))
     assert str(part) in message
     assert f"{model.vocab_size} characters" in message
-    assert "only in the part: 'xz'" in message
+    assert "only in the first: 'xz'" in message
 
 
 def test_another_corpus_than_the_servers_is_refused(
@@ -116,7 +136,7 @@ def test_a_part_too_short_for_the_block_is_refused(
 def test_more_clients_than_the_text_can_feed_are_refused(
     context: MakeContext, to_clients: ConfigRecord
 ) -> None:
-    with pytest.raises(DataError, match=r"client 3 of 500 .* the text can feed at most 47 clients"):
+    with pytest.raises(DataError, match=r"a client of 500 .* the text can feed at most 47 clients"):
         trained(context({"partition-id": 3, "num-partitions": 500}), to_clients)
 
 

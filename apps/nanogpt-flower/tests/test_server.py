@@ -43,7 +43,10 @@ def test_a_vocabulary_that_all_clients_share_is_taken() -> None:
 
 def test_two_vocabularies_are_refused_with_the_difference() -> None:
     grid = Answers(speaking("left", "abc"), speaking("right", "abd"))
-    with pytest.raises(VocabularyMismatch, match="only in the part: 'd'; only in the model: 'c'"):
+    with pytest.raises(
+        VocabularyMismatch,
+        match=r"of right .* not that of left .* first: 'd'; only in the second: 'c'",
+    ):
         ask_vocabulary(grid)
 
 

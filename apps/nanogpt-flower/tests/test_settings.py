@@ -1,9 +1,11 @@
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import nanogpt_flower
 from nanogpt_flower.settings import Settings, SettingsError
 
 
@@ -14,8 +16,14 @@ def test_the_defaults_of_pyproject_are_those_of_the_dataclass(
     assert Settings().to_run_config() == default_run_config
 
 
-def test_the_readme_lists_every_key_with_its_default(app_directory: Path) -> None:
-    text = (app_directory / "README.md").read_text(encoding="utf-8")
+def test_the_version_is_that_of_pyproject(app_directory: Path) -> None:
+    project = tomllib.loads((app_directory / "pyproject.toml").read_text(encoding="utf-8"))
+    assert nanogpt_flower.__version__ == project["project"]["version"]
+
+
+@pytest.mark.parametrize("readme", ["README.md", "../../README.md"])
+def test_the_readmes_list_every_key_with_its_default(app_directory: Path, readme: str) -> None:
+    text = (app_directory / readme).read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `([a-z-]+)` \| `([^`]*)` \|", text, flags=re.MULTILINE))
     as_toml = {
         key: f'"{value}"'.replace("\n", r"\n") if isinstance(value, str) else str(value)

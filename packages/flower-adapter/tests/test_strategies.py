@@ -232,13 +232,17 @@ def test_a_round_in_which_nothing_is_sent_does_not_fail() -> None:
         (Error(2, "boom"), "boom"),
         (with_weight(0), "num-examples is 0"),
         (without("metrics"), "holds 0 MetricRecords"),
+        (
+            RecordDict({"m": MetricRecord({"num-examples": 1, "loss": float("nan")})}),
+            "loss is nan, should be finite",
+        ),
     ],
 )
 def test_bad_evaluate_replies_are_dropped_and_fail_a_round_of_their_own(
     bad: RecordDict | Error, reason: str
 ) -> None:
-    nan_loss = RecordDict({"m": MetricRecord({"num-examples": 1, "loss": float("nan")})})
-    for answers, fails in [((nan_loss, bad), False), ((bad, bad), True)]:
+    fine = RecordDict({"m": MetricRecord({"num-examples": 1, "loss": 0.5})})
+    for answers, fails in [((fine, bad), False), ((bad, bad), True)]:
         grid = scripted(*answers)
         strategy = Guarded(FedAvg())
         messages = strategy.configure_evaluate(1, record(**GLOBAL), ConfigRecord(), grid)
@@ -249,7 +253,7 @@ def test_bad_evaluate_replies_are_dropped_and_fail_a_round_of_their_own(
         else:
             metrics = strategy.aggregate_evaluate(1, replies)
             assert metrics is not None
-            assert np.isnan(metrics["loss"])
+            assert metrics["loss"] == 0.5
 
 
 def test_the_weight_is_the_one_the_innermost_strategy_uses() -> None:

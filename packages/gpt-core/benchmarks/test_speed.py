@@ -13,7 +13,7 @@ CONFIG = GPTConfig()
 
 def test_training_step(compare: Callable[..., None]) -> None:
     x, y = torch.randint(CONFIG.vocab_size, (2, 64, CONFIG.block_size))
-    runtime = Runtime.resolve()
+    runtime = Runtime.resolve(device="cpu")
     ours = runtime.prepare(GPT(CONFIG))
     optimizer = build_optimizer(ours, learning_rate=1e-3)
     batch = itertools.repeat((x, y))

@@ -56,6 +56,12 @@ def test_draws_follow_the_softmax_at_the_temperature(model: GPT) -> None:
     torch.testing.assert_close(frequency, expected, atol=0.015, rtol=0)
 
 
+def test_a_tiny_temperature_takes_the_likeliest(model: GPT) -> None:
+    prompt = torch.zeros(1, 1, dtype=torch.int64)
+    cold = generate(model, prompt, 7, temperature=1e-40, seed=0)
+    assert torch.equal(cold, generate(model, prompt, 7, temperature=0.0))
+
+
 def test_top_k_draws_only_the_likeliest(model: GPT) -> None:
     prompt = torch.zeros(1, 1, dtype=torch.int64)
     likeliest = model.eval()(prompt).logits[0, -1].topk(3).indices
@@ -81,4 +87,4 @@ def test_streamed_tokens_are_the_generated_ones(model: GPT) -> None:
 def test_a_bad_setting_is_named(model: GPT, settings: dict[str, object], named: str) -> None:
     arguments = {"prompt": torch.zeros(1, 1, dtype=torch.int64), "max_new_tokens": 1, **settings}
     with pytest.raises(ValueError, match=named):
-        generate(model, **arguments)
+        stream(model, **arguments)  # at once, not with the first token

@@ -65,6 +65,34 @@ def test_every_parameter_is_stepped_once(model: GPT, name: str) -> None:
     assert sorted(stepped) == sorted(id(p) for p in model.parameters())
 
 
+def test_adamw_decays_matrices_and_embeddings_alone(model: GPT) -> None:
+    optimizer = build_optimizer(model, "adamw", learning_rate=1e-3, weight_decay=0.3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decay = {
+        names[id(p)]: group["weight_decay"]
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert all(value == (0.0 if ".ln_" in name else 0.3) for name, value in decay.items())
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.99)}
+
+
+def test_muon_takes_the_hidden_matrices_and_splits_the_fused_one(model: GPT) -> None:
+    """With plain momentum off, one step moves each of its matrices along an orthogonal one."""
+    optimizer = build_optimizer(model, "muon", learning_rate=1.0, weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(*torch.randint(11, (2, 4, 8))).loss.backward()
+    optimizer.step()
+    moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    hidden = [name for name in moved if ".h." in name and moved[name].dim() == 2]
+    assert len(hidden) == 4 * model.config.n_layer
+    for name in hidden:
+        for part in moved[name].chunk(3 if "c_attn" in name else 1):
+            singular = torch.linalg.svdvals(part) / (0.2 * max(part.shape) ** 0.5)
+            assert singular.median() > 0.6, name  # a few directions may have no gradient
+            assert singular.max() < 1.3, name
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_restored_state_continues_bit_for_bit(model: GPT, name: str) -> None:
     batches = [torch.randint(11, (2, 4, 8)) for _ in range(6)]

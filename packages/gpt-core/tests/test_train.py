@@ -26,6 +26,7 @@ def test_steps_equal_a_loop_written_by_hand(model: GPT, tiny, cpu: Runtime) -> N
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+    news: list[Progress] = []
     result = train_steps(
         model,
         data,
@@ -33,7 +34,11 @@ def test_steps_equal_a_loop_written_by_hand(model: GPT, tiny, cpu: Runtime) -> N
         steps=7,
         runtime=cpu,
         grad_clip=0.5,
+        on_progress=news.append,
+        progress_seconds=0.0,
     )
+    assert [item.loss for item in news] == pytest.approx(losses)
+    assert news[-1].tokens_per_second == pytest.approx(result.tokens / result.seconds, rel=0.1)
     assert result.loss == pytest.approx(sum(losses) / 7)
     assert (result.steps, result.tokens) == (7, 7 * 4 * 8)
     for one, other in zip(model.parameters(), by_hand.parameters(), strict=True):
@@ -76,8 +81,11 @@ def test_a_loss_that_is_no_number_ends_the_training(model: GPT, cpu: Runtime) ->
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     optimizer = build_optimizer(model, learning_rate=0.01)
+    others = [p.detach().clone() for p in model.parameters() if p is not model.lm_head.weight]
     with pytest.raises(TrainingDiverged, match="nan at step 1 of 3"):
         train_steps(model, batches(3), optimizer, steps=3, runtime=cpu)
+    after = [p for p in model.parameters() if p is not model.lm_head.weight]
+    assert all(torch.equal(one, other) for one, other in zip(others, after, strict=True))
 
 
 def test_too_few_batches_are_an_error(model: GPT, cpu: Runtime) -> None:

@@ -94,7 +94,7 @@ def test_more_clients_than_the_text_can_feed_names_the_number_that_works(
     corpus = make_corpus("ab" * 500)  # 900 characters of training text, 100 of validation
     tokenizer = CharTokenizer("ab")
     message = (
-        "client 3 of 4 would get 25 val characters, block_size 32 needs at least 33; "
+        "a client of 4 would get 25 val characters, block_size 32 needs at least 33; "
         "the text can feed at most 3 clients"
     )
     with pytest.raises(DataError, match=message):

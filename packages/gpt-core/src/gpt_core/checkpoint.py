@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gpt_core.config import ConfigError, GPTConfig
+from gpt_core.config import GPTConfig
 from gpt_core.model import GPT
 
 CONFIG_FILE = "config.json"
@@ -71,5 +71,5 @@ def _read_config(path: Path) -> GPTConfig:
         return GPTConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except (json.JSONDecodeError, ConfigError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is not a model configuration: {error}") from error

@@ -14,14 +14,15 @@ def _pick(
     """One token (B, 1) from logits (B, vocab_size)."""
     if temperature == 0.0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    # the likeliest at zero, so that a tiny temperature divides nothing into infinity
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
     if 0 < top_k < logits.size(-1):
         smallest = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
-@torch.inference_mode()
 def stream(
     model: GPT,
     prompt: Tensor,
@@ -31,7 +32,7 @@ def stream(
     top_k: int = 0,
     seed: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yield new tokens, int64 (B, 1), one at a time.
+    """New tokens, int64 (B, 1), one at a time.
 
     The prompt passes through the model once; each further token costs one column. When the window
     of `block_size` tokens is full, its newest half is passed through again and goes on from there.
@@ -56,7 +57,18 @@ def stream(
         raise ValueError(f"top_k is {top_k}; it must be at least 0")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
-    model.eval()
+    return _stream(model.eval(), prompt, max_new_tokens, temperature, top_k, seed)
+
+
+@torch.inference_mode()
+def _stream(
+    model: GPT,
+    prompt: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int | None,
+) -> Iterator[Tensor]:
     weight = model.lm_head.weight
     block_size = model.config.block_size
     generator = None

@@ -47,7 +47,7 @@ class Runtime:
         Args:
             device: "auto", "cpu", "cuda" (or "cuda:1"), "mps".
             precision: "auto" is bf16 where CPU or GPU has it in hardware, else fp32.
-            compile: "auto" is on for CUDA and off elsewhere, where it gains nothing.
+            compile: "auto" is off: compiling takes longer than a short run gains.
 
         Raises:
             ConfigError: for an unknown choice, or a device that is not here.
@@ -64,17 +64,16 @@ class Runtime:
         has_bf16 = _has_bf16(resolved)
         if precision == "auto":
             precision = "bf16" if has_bf16 else "fp32"
-            has = "has" if has_bf16 else "does not have"
-            reasons.append(f"precision {precision}: this {resolved.type} {has} bf16 in hardware")
+            found = "found" if has_bf16 else "not found"
+            reasons.append(f"precision {precision}: bf16 in {resolved.type} hardware {found}")
         elif precision not in PRECISIONS:
             raise ConfigError(f"precision is {precision!r}; allowed are {', '.join(PRECISIONS)}")
 
         if compile not in COMPILE:
             raise ConfigError(f"compile is {compile!r}; allowed are {', '.join(COMPILE)}")
-        compiled = compile == "on" or (compile == "auto" and resolved.type == "cuda")
+        compiled = compile == "on"
         if compile == "auto":
-            why = "pays on a GPU" if compiled else f"gains nothing on {resolved.type}"
-            reasons.append(f"compile {'on' if compiled else 'off'}: it {why}")
+            reasons.append("compile off: compiling takes longer than a short run gains")
         return cls(resolved, precision, compiled, tuple(reasons))
 
     def prepare(self, model: Module) -> Module:

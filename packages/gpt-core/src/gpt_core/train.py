@@ -1,5 +1,6 @@
 """The training loop and the evaluation pass, over any iterable of `(x, y)`."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import monotonic
@@ -59,7 +60,8 @@ def train_steps(
     """Take `steps` optimizer steps, one a batch.
 
     Args:
-        model: called as `model(x, y)`, returning `(logits, loss)`; left in training mode.
+        model: called as `model(x, y)`, returning `(logits, loss)`; on the device of `runtime`
+            (`runtime.prepare(model)` puts it there); left in training mode.
         batches: at least `steps` pairs of int64 (B, T).
         grad_clip: largest norm of the gradient over all parameters; 0 for no limit.
         learning_rate: of a step, counted from 1; None leaves the optimizer's own.
@@ -67,23 +69,27 @@ def train_steps(
 
     Raises:
         ValueError: if `batches` ends early or `steps` is below 1.
-        TrainingDiverged: at a loss that is NaN or infinite.
+        TrainingDiverged: at a loss that is NaN or infinite, before it reaches the weights.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
     model.train()
     start = reported = monotonic()
-    total = torch.zeros((), dtype=torch.float64)
-    since, tokens, done = 0.0, 0, 0
-    news = 0
+    total = since = 0.0
+    tokens = news = 0
     iterator = iter(batches)
     for step in range(1, steps + 1):
         batch = next(iterator, None)
         if batch is None:
-            raise ValueError(f"the batches ended after {done} of {steps} steps")
-        x, y = (part.to(runtime.device, non_blocking=True) for part in batch)
+            raise ValueError(f"the batches ended after {step - 1} of {steps} steps")
+        x, y = (part.to(runtime.device) for part in batch)
         with runtime.autocast():
             loss = model(x, y)[1]
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingDiverged(
+                f"the loss is {value} at step {step} of {steps}; a lower learning rate may help"
+            )
         loss.backward()
         if grad_clip > 0:
             nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
@@ -92,21 +98,15 @@ def train_steps(
                 group["lr"] = learning_rate(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        done, tokens = step, tokens + x.numel()
-        value = loss.item()
-        if not value - value == 0.0:
-            raise TrainingDiverged(
-                f"the loss is {value} at step {step} of {steps}; a lower learning rate may help"
-            )
-        total += value
-        since, news = since + value, news + 1
+        tokens += x.numel()
+        total, since, news = total + value, since + value, news + 1
         now = monotonic()
         if on_progress and (step in (1, steps) or now - reported >= progress_seconds):
             rate = tokens / (now - start)
             left = (now - start) / step * (steps - step)
             on_progress(Progress(step, steps, since / news, rate, left))
             reported, since, news = now, 0.0, 0
-    return TrainResult(total.item() / steps, steps, tokens, monotonic() - start)
+    return TrainResult(total / steps, steps, tokens, monotonic() - start)
 
 
 @torch.no_grad()

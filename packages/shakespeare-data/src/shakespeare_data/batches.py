@@ -153,7 +153,6 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise DataError(
-            "batches of tensors need torch: pip install 'shakespeare-data[torch]' "
-            "(sample_windows works without it)"
+            "batches of tensors need torch: pip install torch (sample_windows works without it)"
         ) from error
     return torch

@@ -49,8 +49,8 @@ def partition(
 ) -> Part:
     """Client `partition_id`'s part: an equal share of the training text, one of the validation.
 
-    The last 10 % of the corpus validate. Raises `DataError` when a share holds no window of
-    `block_size` tokens and their targets, that is, less than `block_size + 1` characters.
+    The last 10 % of the corpus validate. Raises `DataError` when the smallest share holds no
+    window of `block_size` tokens and their targets, that is, less than `block_size + 1` characters.
     """
     _check_count(num_partitions)
     if not 0 <= partition_id < num_partitions:
@@ -71,7 +71,8 @@ def write_partitions(
     """Write every part to `<output>/shakespeare_part_<i>` and return these directories.
 
     Directories that exist are replaced once all new ones are written. Raises `DataError` when the
-    text cannot feed that many or `output` cannot be written; what was there then stays.
+    text cannot feed that many or `output` cannot be written; each directory is then the old
+    one or the new one, whole.
     """
     _check_count(num_partitions)
     tokenizer = CharTokenizer.from_text(corpus.text)
@@ -145,11 +146,12 @@ def _part(
         split: contiguous(tokens, num_partitions)[partition_id]
         for split, tokens in (("train", train), ("val", val))
     }
-    for split, share in shares.items():
-        if len(share) <= block_size:
+    for split, tokens in (("train", train), ("val", val)):
+        # the smallest share counts, so that all clients of a federation refuse or none does
+        if len(tokens) // num_partitions <= block_size:
             largest = min(len(train), len(val)) // (block_size + 1)
             raise DataError(
-                f"client {partition_id} of {num_partitions} would get {len(share)} {split} "
+                f"a client of {num_partitions} would get {len(tokens) // num_partitions} {split} "
                 f"characters, block_size {block_size} needs at least {block_size + 1}; "
                 + (
                     f"the text can feed at most {largest} clients"

