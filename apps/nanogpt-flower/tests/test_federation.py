@@ -98,11 +98,11 @@ def test_a_bad_setting_ends_the_run_before_any_client_works(
 def test_a_run_whose_clients_all_fail_fails_with_their_reason(
     app_directory: Path, tiny: dict[str, Any], tmp_path: Path
 ) -> None:
-    settings = tiny | {"block-size": 350, "output-dir": str(tmp_path)}
+    settings = tiny | {"block-size": 500, "output-dir": str(tmp_path)}
     status, printed = run("simulate", app_directory, settings)
     assert status != 0
     assert "RoundFailed" in printed
-    assert "block_size 350 needs at least 351" in printed.split("error:")[-1]
+    assert "block_size 500 needs at least 501" in printed.split("error:")[-1]
 
 
 def test_ctrl_c_ends_every_process(
