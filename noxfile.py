@@ -33,7 +33,7 @@ def needed(package: str) -> list[str]:
 
 def install(session: nox.Session, *requirements: str) -> None:
     """Install with pip, at the tested versions."""
-    session.install("--no-compile", "-c", "constraints.txt", *requirements)
+    session.install("-c", "constraints.txt", *requirements)
 
 
 @nox.session
@@ -131,7 +131,7 @@ def build(session: nox.Session) -> None:
         module = name.replace("-", "_")
         wheel = next(dist.glob(f"{module}-*.whl"))
         found = ["--find-links", str(dist)] if package == APP else []
-        options = ["--no-compile", "-c", "constraints.txt", *found]
+        options = ["-c", "constraints.txt", *found]
         session.run(python, "-m", "pip", "install", "-q", *options, str(wheel), external=True)
         code = f"import {module}; print('imported', {module}.__name__)"
         session.run(python, "-I", "-c", code, external=True)
