@@ -150,13 +150,13 @@ def readme_example(readme: Path) -> str:
 
 @nox.session
 def simulate(session: nox.Session) -> None:
-    """Train in Flower's Simulation Runtime: [quick|full] [key=value ...]."""
+    """Train in Flower's Simulation Runtime: [quick|full] [key=value ...] [--num-clients N]."""
     federate(session, "simulate")
 
 
 @nox.session
 def deploy(session: nox.Session) -> None:
-    """Train on a real SuperLink and SuperNodes on this machine: [quick|full] [key=value ...]."""
+    """Train on real SuperNodes on this machine: [quick|full] [key=value ...] [--num-clients N]."""
     federate(session, "deploy")
 
 

@@ -18,6 +18,28 @@ LIBRARIES = ("gpt-core", "shakespeare-data", "flower-adapter", "flwr", "torch")
 Points = list[tuple[int, float]]  # round and loss
 
 
+def writable_directory(output_dir: str, *below: str) -> Path:
+    """The absolute path of a directory in `output_dir`, or of that itself, made and tried out.
+
+    Raises:
+        SettingsError: if it cannot be made or written.
+    """
+    path = Path(output_dir, *below)
+    try:
+        path = path.expanduser().resolve()
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except (OSError, RuntimeError, ValueError) as error:  # also: no such user, a NUL in it
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(
+            f"output-dir is {output_dir!r}; it must be a directory that can be written, but "
+            f"{path} is not: {why}"
+        ) from error
+    return path
+
+
 class RunDirectory:
     """`<output-dir>/<run id>/`: config.json, metrics.jsonl, model/, sample.txt, curve.png."""
 
@@ -31,20 +53,7 @@ class RunDirectory:
         Raises:
             SettingsError: if it cannot.
         """
-        path = Path(output_dir) / str(run_id)
-        try:
-            path = path.expanduser().resolve()
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".writable"
-            probe.touch()
-            probe.unlink()
-        except (OSError, RuntimeError, ValueError) as error:  # also: no such user, a NUL in it
-            why = error.strerror if isinstance(error, OSError) else error
-            raise SettingsError(
-                f"output-dir is {output_dir!r}; it must be a directory that can be written, but "
-                f"{path} is not: {why}"
-            ) from error
-        return cls(path)
+        return cls(writable_directory(output_dir, str(run_id)))
 
     def write_config(
         self, settings: Settings, corpus: Corpus | None, runtime: Runtime, model: GPT

@@ -46,7 +46,15 @@ logger = logging.getLogger("flwr.nanogpt_flower")
 
 
 def label(context: Context) -> str:
-    """This client's own name: its data directory, or its partition."""
+    """This client's name in every run: of its text, wherever that lies, or of its partition."""
+    node = context.node_config
+    if "data-path" in node:
+        return f"text {read_part(str(node['data-path'])).fingerprint}"
+    return place(context)
+
+
+def place(context: Context) -> str:
+    """Where this client's text is: its data directory, or its partition."""
     node = context.node_config
     if "data-path" in node:
         return str(node["data-path"])
@@ -62,7 +70,7 @@ def own_part(settings: Settings, config: ConfigRecord, context: Context) -> Part
     """The text of this client, checked against the model's vocabulary."""
     node = context.node_config
     tokenizer = CharTokenizer.from_json(str(config["tokenizer"]))
-    name = label(context)
+    name = place(context)
     if "data-path" in node:
         part = read_part(name, block_size=settings.block_size)
     elif config["corpus"] == NO_CORPUS:
@@ -109,8 +117,8 @@ def training_batches(
 def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float]:
     """One client's round: from the global model, with the optimizer state of its last round."""
     settings = Settings.from_run_config(context.run_config)
-    part, name = own_part(settings, config, context), label(context)
-    seed = seed_for(settings, name, int(str(config["server-round"])))
+    part, name = own_part(settings, config, context), place(context)
+    seed = seed_for(settings, label(context), int(str(config["server-round"])))
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))  # dropout
     run = runtime(settings)
     logger.info("[%s] trains on %s characters: %s", name, f"{len(part.train):,}", run)
@@ -156,7 +164,7 @@ def evaluate_part(model: GPT, config: ConfigRecord, context: Context) -> dict[st
 
 def vocabulary(context: Context) -> ConfigRecord:
     """The characters of this client's own directory, for a server that has no text."""
-    name = label(context)
+    name = place(context)
     if "data-path" not in context.node_config:
         raise DataError(f"{name} has no data-path to take a vocabulary from")
     return ConfigRecord({"label": name, "tokenizer": read_part(name).tokenizer.to_json()})

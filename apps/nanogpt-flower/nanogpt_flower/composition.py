@@ -48,6 +48,11 @@ def check_vocabulary(name: str, own: CharTokenizer, other_name: str, other: Char
     )
 
 
+def sample_start(tokenizer: CharTokenizer) -> str:
+    """What a sample without a prompt goes on from: a line break where the text has one."""
+    return "\n" if "\n" in tokenizer.vocab else tokenizer.vocab[0]
+
+
 def seed_for(settings: Settings, label: str, server_round: int) -> list[int]:
     """Entropy of one client in one round: reproducible, and different for every pair."""
     return [settings.seed, zlib.crc32(label.encode()), server_round]

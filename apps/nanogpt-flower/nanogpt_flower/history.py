@@ -54,7 +54,7 @@ class History:
     def __init__(self, directory: RunDirectory, *, note: str = "") -> None:
         self.directory = directory
         self.rows: list[Row] = []
-        self._note = note
+        self.notes = [note] if note else []
         self._metrics: dict[str, float] = {}
         self._clients = 0
 
@@ -91,7 +91,5 @@ class History:
 
     def table(self) -> str:
         """All rows, and under them what a reader must know to compare them."""
-        lines = [self.HEADER, *map(str, self.rows)]
-        if self._note:
-            lines.append(f"note: {self._note}")
-        return "\n".join(lines)
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([self.HEADER, *map(str, self.rows), *notes])

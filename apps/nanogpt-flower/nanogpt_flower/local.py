@@ -28,9 +28,13 @@ from typing import Any, Self
 
 import psutil
 import tomli_w
+import torch
 
-from nanogpt_flower.composition import NO_CORPUS
-from shakespeare_data import load_corpus, write_partitions
+from nanogpt_flower.artifacts import writable_directory
+from nanogpt_flower.composition import NO_CORPUS, runtime
+from nanogpt_flower.server_app import sample_prompt
+from nanogpt_flower.settings import Settings
+from shakespeare_data import CharTokenizer, load_corpus, partition, write_partitions
 
 CONNECTION = "here"
 MARK = "NANOGPT_FLOWER_LOCAL"  # in the environment of every process that a federation starts
@@ -137,7 +141,7 @@ class Federation:
             raise LocalRunError("`flwr run` did not start the run; its message stands above")
         status, details = self.outcome()
         if status != "finished:completed":
-            raise LocalRunError(f"the run ended {status}: {details or 'see the log above'}")
+            raise LocalRunError(details or f"the run ended {status}; see the log above")
 
     def outcome(self) -> tuple[str, str]:
         """Status and details of the newest run."""
@@ -244,12 +248,28 @@ def _value(text: str) -> Any:
         return text
 
 
+def check(run_config: Mapping[str, Any], num_clients: int) -> None:
+    """Refuse at once, in one line, what the ServerApp would refuse once all programs have started.
+
+    Raises:
+        ValueError: naming what cannot work and what is allowed.
+    """
+    settings = Settings.from_run_config(run_config)
+    runtime(settings)
+    if settings.corpus != NO_CORPUS:
+        corpus = load_corpus(settings.corpus)
+        tokenizer = CharTokenizer.from_text(corpus.text)
+        sample_prompt(settings, tokenizer)
+        partition(corpus, tokenizer, num_clients, 0, block_size=settings.block_size)
+    writable_directory(settings.output_dir)
+
+
 def simulate(app: Path, run_config: Mapping[str, Any], options: argparse.Namespace) -> None:
     """One run in the Simulation Runtime."""
     size = {
         "num-supernodes": options.num_clients,
-        "client-resources-num-cpus": options.cpus,
-        "client-resources-num-gpus": options.gpus,
+        "client-resources-num-cpus": options.cpus or 1,
+        "client-resources-num-gpus": options.gpus or 0.0,
     }
     with _temporary_federation() as federation:
         federation.start_superlink("--simulation", "--isolation", "subprocess")
@@ -289,12 +309,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runtime", choices=("simulate", "deploy"))
     parser.add_argument("arguments", nargs="*", metavar="[preset] key=value")
     parser.add_argument("--app", type=Path, required=True, help="the app's directory")
-    parser.add_argument("--num-clients", type=int, default=2, help="at least 2 (2)")
-    parser.add_argument("--cpus", type=int, default=1, help="of a simulated client (1)")
-    parser.add_argument("--gpus", type=float, default=0.0, help="share of a simulated client (0)")
+    parser.add_argument("--num-clients", type=int, default=2, help="at least 1 (2)")
+    parser.add_argument("--cpus", type=int, help="simulate: cores of a client (1)")
+    parser.add_argument("--gpus", type=float, help="simulate: a client's share of a GPU (0)")
     options = parser.parse_intermixed_args(argv)
-    if options.num_clients < 2:
-        parser.error(f"--num-clients is {options.num_clients}; it must be at least 2")
+    if wrong := wrong_size(options):
+        parser.error(wrong)
     preset = "quick"
     overrides: list[str] = options.arguments
     if overrides and "=" not in overrides[0]:
@@ -304,6 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = read_run_config(options.app, preset, overrides)
         config.setdefault("output-dir", str(Path("runs").resolve()))
+        config.setdefault("min-clients", options.num_clients)
+        check(config, options.num_clients)
         run = simulate if options.runtime == "simulate" else deploy
         run(options.app, config, options)
     except (LocalRunError, ValueError) as error:
@@ -313,6 +335,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{options.runtime}: interrupted; every process has ended", file=sys.stderr)
         return 130
     return 0
+
+
+def wrong_size(options: argparse.Namespace) -> str:
+    """What is wrong with the number of clients and their shares of this machine, if anything."""
+    if options.num_clients < 1:
+        return f"--num-clients is {options.num_clients}; it must be at least 1"
+    if options.runtime == "deploy":
+        given = [name for name in ("cpus", "gpus") if getattr(options, name) is not None]
+        return f"--{given[0]} is for simulate; a SuperNode takes what it finds" if given else ""
+    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    if options.cpus is not None and not 1 <= options.cpus <= cores:
+        return f"--cpus is {options.cpus}; it must be from 1 to {cores}, this machine's cores"
+    if options.gpus is not None and not 0 <= options.gpus <= gpus:
+        return (
+            f"--gpus is {options.gpus:g}; it must be from 0 to {gpus}, the GPUs that PyTorch finds"
+        )
+    return ""
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

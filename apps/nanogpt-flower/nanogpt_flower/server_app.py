@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
-from flower_adapter import Guarded, Seeded, load_arrays, to_arrays
+from flower_adapter import Dropped, Guarded, Seeded, load_arrays, to_arrays
 from gpt_core import GPT, Runtime, evaluate, stream
 from nanogpt_flower.artifacts import RunDirectory
 from nanogpt_flower.composition import (
@@ -21,12 +21,13 @@ from nanogpt_flower.composition import (
     check_vocabulary,
     model_config,
     runtime,
+    sample_start,
 )
 from nanogpt_flower.history import History
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, Corpus, DataError, load_corpus, sequential_batches
 
-MIN_CLIENTS = 2  # that must be connected before the first round, as Flower's own default
+REMIND_SECONDS = 30.0  # between two lines that say that clients are missing
 
 app = ServerApp()
 logger = logging.getLogger("flwr.nanogpt_flower")
@@ -37,8 +38,15 @@ def main(grid: Grid, context: Context) -> None:
     """Check everything that can be wrong, then run the rounds and write the sample."""
     settings = Settings.from_run_config(context.run_config)
     run = runtime(settings)
+    if settings.max_steps and settings.local_epochs > 1:
+        logger.warning(
+            "local-epochs is %d but has no effect: max-steps is %d and decides; max-steps=0 trains "
+            "for epochs",
+            settings.local_epochs,
+            settings.max_steps,
+        )
     corpus = None if settings.corpus == NO_CORPUS else load_corpus(settings.corpus)
-    tokenizer = CharTokenizer.from_text(corpus.text) if corpus else ask_vocabulary(grid)
+    tokenizer = CharTokenizer.from_text(corpus.text) if corpus else ask_vocabulary(grid, settings)
     prompt = sample_prompt(settings, tokenizer)
     validation = validation_split(settings, corpus, tokenizer)
     directory = RunDirectory.create(settings.output_dir, context.run_id)
@@ -90,16 +98,18 @@ def run_rounds(
         fraction_evaluate=settings.fraction_evaluate,
         min_train_nodes=1,
         min_evaluate_nodes=1,
-        min_available_nodes=MIN_CLIENTS,
+        min_available_nodes=settings.min_clients,
         train_metrics_aggr_fn=history.aggregate("train-loss"),
         evaluate_metrics_aggr_fn=history.aggregate("val-loss"),
     )
+    guarded = Guarded(strategy)
     to_clients: dict[str, ConfigRecordValues] = {
         "tokenizer": tokenizer.to_json(),
         "corpus": corpus.name if corpus else NO_CORPUS,
         "corpus-sha256": corpus.sha256 if corpus else "",
     }
-    Seeded(Guarded(strategy), seed=settings.seed).start(
+    wait_for_clients(grid, settings.min_clients)
+    Seeded(guarded, seed=settings.seed).start(
         grid,
         initial,
         num_rounds=settings.num_server_rounds,
@@ -108,18 +118,39 @@ def run_rounds(
         evaluate_config=ConfigRecord(to_clients),
         evaluate_fn=evaluate_round,
     )
+    history.notes += left_out(guarded.dropped)
 
 
-def ask_vocabulary(grid: Grid) -> CharTokenizer:
+def left_out(dropped: list[Dropped]) -> list[str]:
+    """A line for each client whose replies were dropped, and for each reason."""
+    rounds: dict[tuple[int, str, str], list[int]] = {}
+    for phase, server_round, node, reason in dropped:
+        rounds.setdefault((node, phase, reason), []).append(server_round)
+    return [
+        f"LEFT OUT of {phase} in round {', '.join(map(str, missed))}: node {node}: {reason}"
+        for (node, phase, reason), missed in rounds.items()
+    ]
+
+
+def wait_for_clients(grid: Grid, least: int) -> list[int]:
+    """The connected nodes, once there are `least`; says at times for what it waits."""
+    said, count = -float("inf"), -1
+    while len(nodes := sorted(grid.get_node_ids())) < least:
+        if len(nodes) != count or time.monotonic() - said > REMIND_SECONDS:
+            said, count = time.monotonic(), len(nodes)
+            logger.info("waiting for clients: %d connected, min-clients is %d", count, least)
+        time.sleep(1)
+    return nodes
+
+
+def ask_vocabulary(grid: Grid, settings: Settings) -> CharTokenizer:
     """The vocabulary that the clients' own directories share.
 
     Raises:
         DataError: if a client has none to give.
         VocabularyMismatch: if two of them differ, naming both.
     """
-    while len(nodes := sorted(grid.get_node_ids())) < MIN_CLIENTS:
-        logger.info("waiting for clients: %d of %d are connected", len(nodes), MIN_CLIENTS)
-        time.sleep(1)
+    nodes = wait_for_clients(grid, settings.min_clients)
     queries = [Message(RecordDict(), node, f"query.{VOCABULARY}") for node in nodes]
     shared: tuple[str, CharTokenizer] | None = None
     for reply in grid.send_and_receive(queries):
@@ -144,15 +175,16 @@ def validation_split(
     if len(tokens) <= settings.block_size:
         raise SettingsError(
             f"block-size is {settings.block_size}; the validation split of {corpus.name} has "
-            f"{len(tokens)} characters, so it must be at most {len(tokens) - 1}"
+            f"{len(tokens)} characters, so it must be at most {len(tokens) - 1}, "
+            "and with several clients less"
         )
     return tokens
 
 
 def sample_prompt(settings: Settings, tokenizer: CharTokenizer) -> str:
-    """What the sample goes on from: the setting, else a line break where the text has one."""
+    """What the sample goes on from: the setting, checked, else `sample_start`."""
     if not settings.sample_prompt:
-        return "\n" if "\n" in tokenizer.vocab else tokenizer.vocab[0]
+        return sample_start(tokenizer)
     try:
         tokenizer.encode(settings.sample_prompt)
     except DataError as error:

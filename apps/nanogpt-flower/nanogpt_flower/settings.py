@@ -60,6 +60,7 @@ class Settings:
     fraction_evaluate: float = _key(
         1.0, "a number of at least 0 and at most 1", lambda value: 0.0 <= value <= 1.0
     )
+    min_clients: int = _count(2)
     sample_tokens: int = _count(500, least=0)
     sample_prompt: str = _text("", "a text of characters of the vocabulary", least=0)
     temperature: float = _key(0.8, "a number of at least 0", lambda value: 0.0 <= value < 1e6)

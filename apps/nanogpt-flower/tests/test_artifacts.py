@@ -102,9 +102,7 @@ def test_sampling_writes_the_prompt_and_as_many_characters(
     ("arguments", "named"),
     [
         (["--prompt", "abe"], "'e'"),
-        (["--prompt", ""], "prompt"),
         (["--temperature", "-1"], "temperature is -1.0"),
-        (["--top-k", "-1"], "top_k is -1"),
         (["--device", "gpu"], "device is 'gpu'"),
     ],
 )
@@ -117,6 +115,25 @@ def test_a_bad_sampling_request_is_one_line(
     assert message.startswith("nanogpt-flower: error: ")
     assert named in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--tokens", "--top-k", "--seed"])
+@pytest.mark.parametrize("value", ["-1", "99999999999999999999", "few"])
+def test_a_number_out_of_range_is_named_with_its_option(
+    saved: RunDirectory, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["sample", str(saved.path), option, value])
+    told = capsys.readouterr()
+    assert f"argument {option}: it is '{value}'; it must be a whole number from 0" in told.err
+    assert told.out == ""
+
+
+def test_sampling_without_a_prompt_fits_every_text(
+    saved: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", str(saved.path), "--tokens", "5"]) == 0
+    assert len(capsys.readouterr().out.rstrip("\n")) == 6
 
 
 def test_sampling_from_no_model_is_one_line(

@@ -12,6 +12,7 @@ from nanogpt_flower.client_app import (
     evaluate_part,
     label,
     own_part,
+    place,
     train,
     training_batches,
 )
@@ -100,7 +101,22 @@ def test_a_data_path_is_trained_on_and_nothing_else(
     part = own_part(settings, elsewhere, here)
     expected = np.fromfile(parts[1] / "train.bin", dtype="<u2")
     assert np.array_equal(part.train, expected)
-    assert label(here) == str(parts[1])
+    assert place(here) == str(parts[1])
+
+
+def test_a_label_follows_the_text_and_not_its_place(
+    context: MakeContext, to_clients: ConfigRecord, text_file: Path, tmp_path: Path
+) -> None:
+    labels, losses = [], []
+    for name in ("here", "there"):
+        for part in write_partitions(load_corpus(str(text_file)), 2, tmp_path / name):
+            here = context({"data-path": str(part)})
+            labels.append(label(here))
+            losses.append(trained(here, to_clients)[1]["train-loss"])
+    assert labels[:2] == labels[2:]
+    assert losses[:2] == losses[2:]
+    assert labels[0] != labels[1]
+    assert str(tmp_path) not in labels[0]
 
 
 def test_a_part_of_another_vocabulary_is_refused_with_both_named(
@@ -136,7 +152,7 @@ def test_a_part_too_short_for_the_block_is_refused(
 def test_more_clients_than_the_text_can_feed_are_refused(
     context: MakeContext, to_clients: ConfigRecord
 ) -> None:
-    with pytest.raises(DataError, match=r"a client of 500 .* the text can feed at most 47 clients"):
+    with pytest.raises(DataError, match=r"a client of 500 .* the text allows at most 47 clients"):
         trained(context({"partition-id": 3, "num-partitions": 500}), to_clients)
 
 

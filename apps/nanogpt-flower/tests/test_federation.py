@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from nanogpt_flower.local import Federation
+from nanogpt_flower.local import Federation, LocalRunError
 from shakespeare_data import load_corpus, write_partitions
 
 PR_SET_CHILD_SUBREAPER = 36  # of Linux' prctl
@@ -84,25 +84,32 @@ def test_two_simulated_runs_of_one_seed_have_equal_metrics(
     assert "tokens/s" in printed
 
 
+def failed_simulation(app: Path, settings: dict[str, Any], home: Path) -> str:
+    """The reason of a run that Flower is given as it is, without a look at its settings before."""
+    with Federation(home) as federation:
+        federation.start_superlink("--simulation", "--isolation", "subprocess")
+        with pytest.raises(LocalRunError) as caught:
+            federation.run(app, settings, "--federation-config", "num-supernodes=2")
+    return str(caught.value)
+
+
 def test_a_bad_setting_ends_the_run_before_any_client_works(
-    app_directory: Path, tiny: dict[str, Any], tmp_path: Path
+    app_directory: Path, tiny: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = tiny | {"n-head": 3, "output-dir": str(tmp_path)}
-    status, printed = run("simulate", app_directory, settings)
-    assert status != 0
-    assert "n-embd is 16; it must be divisible by n-head, which is 3" in printed
-    assert "trains on" not in printed
-    assert run_directories(tmp_path) == []
+    settings = tiny | {"n-head": 3, "output-dir": str(tmp_path / "out")}
+    failure = failed_simulation(app_directory, settings, tmp_path / "home")
+    assert "n-embd is 16; it must be divisible by n-head, which is 3" in failure
+    assert "trains on" not in capfd.readouterr().out
+    assert run_directories(tmp_path / "out") == []
 
 
 def test_a_run_whose_clients_all_fail_fails_with_their_reason(
     app_directory: Path, tiny: dict[str, Any], tmp_path: Path
 ) -> None:
-    settings = tiny | {"block-size": 500, "output-dir": str(tmp_path)}
-    status, printed = run("simulate", app_directory, settings)
-    assert status != 0
-    assert "RoundFailed" in printed
-    assert "block_size 500 needs at least 501" in printed.split("error:")[-1]
+    settings = tiny | {"block-size": 500, "output-dir": str(tmp_path / "out")}
+    failure = failed_simulation(app_directory, settings, tmp_path / "home")
+    assert "train round 1: 0 good of 2 replies" in failure
+    assert failure.count("block_size 500 needs at least 501") == 2
 
 
 def test_ctrl_c_ends_every_process(
@@ -128,19 +135,24 @@ def test_ctrl_c_ends_every_process(
         assert process.wait(60) == 130
 
 
-def test_supernodes_train_on_their_own_directories(
+def test_supernodes_train_on_their_own_directories_reproducibly(
     app_directory: Path, tiny: dict[str, Any], tmp_path: Path
 ) -> None:
-    settings = tiny | {"num-server-rounds": 1, "output-dir": str(tmp_path / "runs")}
-    status, printed = run("deploy", app_directory, settings)
-    assert status == 0, printed
-    for number in range(2):
-        _, of_this_node = printed.split(f"--- log of supernode-{number}\n")
-        first = of_this_node.splitlines()[0]
-        assert f"/datasets/shakespeare_part_{number}] trains on 3,600 characters" in first
-    (directory,) = run_directories(tmp_path / "runs")
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    metrics = []
+    for name in ("first", "second"):
+        settings = tiny | {"num-server-rounds": 1, "output-dir": str(tmp_path / name)}
+        status, printed = run("deploy", app_directory, settings)
+        assert status == 0, printed
+        for number in range(2):
+            _, of_this_node = printed.split(f"--- log of supernode-{number}\n")
+            first = of_this_node.splitlines()[0]
+            assert f"/datasets/shakespeare_part_{number}] trains on 3,600 characters" in first
+        (directory,) = run_directories(tmp_path / name)
+        metrics.append((directory / "metrics.jsonl").read_text())
+    assert metrics[0] == metrics[1]
+    rows = [json.loads(line) for line in metrics[0].splitlines()]
     assert rows[1]["val_loss"] < rows[0]["val_loss"]
+    assert rows[1]["clients"] == 2
 
 
 def test_a_server_without_text_takes_its_clients_vocabulary(

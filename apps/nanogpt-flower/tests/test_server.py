@@ -1,12 +1,15 @@
+import logging
+import time
 from collections.abc import Callable, Iterable
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from flower_adapter import Dropped
 from nanogpt_flower.client_app import app as client_app
 from nanogpt_flower.composition import VocabularyMismatch
-from nanogpt_flower.server_app import ask_vocabulary, sample_prompt
+from nanogpt_flower.server_app import ask_vocabulary, left_out, sample_prompt, wait_for_clients
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, DataError
 
@@ -38,7 +41,7 @@ def speaking(label: str, vocab: str) -> Callable[[Message], Message]:
 
 def test_a_vocabulary_that_all_clients_share_is_taken() -> None:
     grid = Answers(speaking("left", "abc"), speaking("right", "abc"))
-    assert ask_vocabulary(grid) == CharTokenizer("abc")
+    assert ask_vocabulary(grid, Settings()) == CharTokenizer("abc")
 
 
 def test_two_vocabularies_are_refused_with_the_difference() -> None:
@@ -47,14 +50,46 @@ def test_two_vocabularies_are_refused_with_the_difference() -> None:
         VocabularyMismatch,
         match=r"of right .* not that of left .* first: 'd'; only in the second: 'c'",
     ):
-        ask_vocabulary(grid)
+        ask_vocabulary(grid, Settings())
 
 
 def test_a_client_without_a_directory_of_its_own_is_named() -> None:
     node = {"partition-id": 0, "num-partitions": 2}
     refusal = lambda query: client_app(query, Context(1, 2, node, RecordDict(), {}))  # noqa: E731
     with pytest.raises(DataError, match="partition 0000 of 2 has no data-path"):
-        ask_vocabulary(Answers(refusal, refusal))
+        ask_vocabulary(Answers(refusal, refusal), Settings())
+
+
+def test_the_first_round_waits_for_as_many_clients_as_asked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    joined: list[int] = []
+
+    class Joining(Answers):
+        def get_node_ids(self) -> Iterable[int]:
+            return list(joined)
+
+    monkeypatch.setattr(time, "sleep", lambda _: joined.append(10 - len(joined)))
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        assert wait_for_clients(Joining(), 3) == [8, 9, 10]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"waiting for clients: {count} connected, min-clients is 3" for count in range(3)
+    ]
+
+
+def test_replies_that_were_left_out_are_told_by_client_and_reason() -> None:
+    dropped = [
+        Dropped("train", 1, 7, "other text"),
+        Dropped("evaluate", 1, 7, "other text"),
+        Dropped("train", 2, 7, "other text"),
+        Dropped("train", 2, 8, "w holds NaN"),
+    ]
+    assert left_out(dropped) == [
+        "LEFT OUT of train in round 1, 2: node 7: other text",
+        "LEFT OUT of evaluate in round 1: node 7: other text",
+        "LEFT OUT of train in round 2: node 8: w holds NaN",
+    ]
 
 
 def test_a_prompt_outside_the_vocabulary_is_named_with_its_character() -> None:

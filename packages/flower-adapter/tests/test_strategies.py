@@ -174,10 +174,14 @@ def test_a_bad_train_reply_is_dropped_and_named(
 ) -> None:
     bad, reason = BAD_TRAIN_REPLIES[kind]
     grid = scripted(good(1.0), bad, good(3.0))
-    arrays, metrics = train_round(Guarded(FedAvg()), grid)
+    strategy = Guarded(FedAvg())
+    arrays, metrics = train_round(strategy, grid)
     assert arrays is not None
     assert arrays["w"].numpy().tolist() == [2.0, 2.0]
     assert metrics == {"loss": 2.0, "num-dropped": 1}
+    [dropped] = strategy.dropped
+    assert dropped[:3] == ("train", 1, grid.node(1))
+    assert reason in dropped.reason
     [warning] = [r.getMessage() for r in flower_log.records if r.levelno == logging.WARNING]
     assert warning.startswith(f"train round 1: dropped node {grid.node(1)}: ")
     assert reason in warning
@@ -216,6 +220,9 @@ def test_nodes_that_never_answer_fail_the_round_too() -> None:
     list(strategy.configure_train(1, record(**GLOBAL), ConfigRecord(), grid))
     with pytest.raises(RoundFailed, match="no reply in time"):
         strategy.aggregate_train(1, [])
+    assert [(reply.node, reply.reason) for reply in strategy.dropped] == [
+        (node, "no reply in time") for node in grid.get_node_ids()
+    ]
 
 
 def test_a_round_in_which_nothing_is_sent_does_not_fail() -> None:

@@ -28,6 +28,26 @@ def test_tied_weights_are_stored_once_and_nothing_else_is_left(model: GPT, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_weights_and_settings_can_be_read_by_the_same_users(model: GPT, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path)
+    config, weights = (tmp_path / name for name in ("config.json", "model.safetensors"))
+    assert weights.stat().st_mode == config.stat().st_mode
+
+
+def test_a_compiled_model_is_saved_as_the_model_that_it_wraps(model: GPT, tmp_path: Path) -> None:
+    compiled = torch.compile(model, backend="eager")
+    save_pretrained(compiled, tmp_path)  # type: ignore[arg-type]
+    loaded = from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_file_in_the_directorys_place_is_named(model: GPT, tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"model cannot be written: "):
+        save_pretrained(model, tmp_path / "model")
+    assert (tmp_path / "model").read_text() == "mine"
+
+
 def test_a_failed_save_leaves_the_old_model(model: GPT, tmp_path: Path) -> None:
     save_pretrained(model, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
@@ -67,6 +87,7 @@ def test_broken_files_are_named(model: GPT, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match="n_embd is 16; it must be divisible"):
         from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not a model configuration"):
-        from_pretrained(tmp_path)
+    for broken in ("{", "[]"):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(CheckpointError, match=r"config.json is not a model configuration"):
+            from_pretrained(tmp_path)

@@ -120,8 +120,17 @@ def test_the_learning_rate_rises_linearly_and_stays() -> None:
     assert learning_rate_at(1, peak=0.8) == 0.8
 
 
-def test_bad_settings_are_named(model: GPT) -> None:
+def test_an_unknown_optimizer_is_named(model: GPT) -> None:
     with pytest.raises(ConfigError, match="optimizer is 'sgd'; allowed are adamw, muon"):
         build_optimizer(model, "sgd", learning_rate=1.0)
-    with pytest.raises(ConfigError, match=r"learning_rate is 0.0"):
-        build_optimizer(model, "adamw", learning_rate=0.0)
+
+
+@pytest.mark.parametrize("learning_rate", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_learning_rate_that_cannot_work_is_named(model: GPT, learning_rate: float) -> None:
+    with pytest.raises(ConfigError, match=f"learning_rate is {learning_rate}"):
+        build_optimizer(model, learning_rate=learning_rate)
+
+
+def test_a_negative_warm_up_is_named() -> None:
+    with pytest.raises(ConfigError, match="warmup_steps is -5"):
+        learning_rate_at(1, peak=1.0, warmup_steps=-5)

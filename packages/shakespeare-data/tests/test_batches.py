@@ -69,6 +69,11 @@ def test_batches_are_tensors_of_the_windows_in_the_generators_order() -> None:
         assert y.view(-1).shape == (128,)
 
 
+def test_a_list_is_no_array() -> None:
+    with pytest.raises(DataError, match="tokens must be a numpy array, it is list"):
+        Batches([1, 2, 3, 4], 1, 2, seed=1)  # type: ignore[arg-type]
+
+
 def test_batches_depend_on_each_number_of_the_seed() -> None:
     def first(seed: int | tuple[int, ...]) -> list[list[int]]:
         x, _ = next(Batches(TOKENS, 4, 8, seed=seed))
@@ -160,7 +165,7 @@ def test_sizes_that_cannot_work_are_refused_at_the_call(
         call(tokens, batch_size, block_size)
 
 
-@pytest.mark.parametrize("seed", [-1, (1, -1), "one"])
+@pytest.mark.parametrize("seed", [None, -1, (1, -1), "one"])
 def test_a_seed_that_is_none_is_refused(seed: int) -> None:
     with pytest.raises(DataError, match="seed must be integers of at least 0"):
         Batches(TOKENS, 1, 8, seed=seed)

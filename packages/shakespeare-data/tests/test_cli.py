@@ -37,6 +37,14 @@ def test_partition_writes_the_parts_and_prints_their_sizes(
     assert len(rows) == 2
 
 
+def test_an_empty_output_is_not_the_current_directory(
+    verses: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["partition", "--num-partitions", "2", "--output", "", "--corpus", verses])
+    assert "--output: it is empty" in capsys.readouterr().err
+
+
 def test_info_says_what_the_corpus_is(
     verses: str, corpus: Corpus, capsys: pytest.CaptureFixture[str]
 ) -> None:

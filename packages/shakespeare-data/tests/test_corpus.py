@@ -53,6 +53,24 @@ def test_an_unknown_corpus_is_answered_with_the_names_that_exist(name: str) -> N
         load_corpus(name)
 
 
+def test_a_byte_order_mark_is_no_character_of_the_text(tmp_path: Path) -> None:
+    marked, plain = tmp_path / "marked.txt", tmp_path / "plain.txt"
+    marked.write_text("to be", encoding="utf-8-sig")
+    plain.write_text("to be", encoding="utf-8")
+    assert load_corpus(str(marked)).text == "to be"
+    assert load_corpus(str(marked)).sha256 == load_corpus(str(plain)).sha256
+
+
+def test_a_cache_directory_that_is_a_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "input.txt"
+    path.write_text("to be")
+    monkeypatch.setenv("SHAKESPEARE_DATA_DIR", str(path))
+    with pytest.raises(DataError, match=r"input.txt', a file; it must be the directory"):
+        load_corpus("tiny-shakespeare")
+
+
 MakeCorpus = Callable[..., Corpus]
 
 

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,16 @@ def test_more_clients_than_the_text_can_feed_names_the_number_that_works(
     tokenizer = CharTokenizer("ab")
     message = (
         "a client of 4 would get 25 val characters, block_size 32 needs at least 33; "
-        "the text can feed at most 3 clients"
+        "the text allows a block_size of at most 24, or at most 3 clients"
     )
     with pytest.raises(DataError, match=message):
         partition(corpus, tokenizer, 4, 3, block_size=32)
     assert all(len(partition(corpus, tokenizer, 3, i, block_size=32).val) >= 33 for i in range(3))
-    with pytest.raises(DataError, match="too short for it even with one client"):
+    assert len(partition(corpus, tokenizer, 4, 3, block_size=24).val) == 25
+    with pytest.raises(DataError, match=r"the text allows a block_size of at most 24$"):
         partition(corpus, tokenizer, 4, 0, block_size=100)
+    with pytest.raises(DataError, match=r"the text is too short$"):
+        partition(make_corpus("ab"), tokenizer, 4, 0)
 
 
 def test_a_text_outside_the_vocabulary_is_refused(make_corpus: MakeCorpus) -> None:
@@ -220,9 +224,26 @@ def test_a_file_in_a_parts_place_is_not_replaced(verses: Corpus, tmp_path: Path)
 def test_a_text_too_short_for_the_parts_writes_nothing(
     make_corpus: MakeCorpus, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="the text can feed at most 1 clients"):
+    with pytest.raises(DataError, match="the text allows at most 1 clients"):
         write_partitions(make_corpus("ab" * 10), 3, tmp_path / "datasets")
     assert not (tmp_path / "datasets").exists()
+
+
+def test_a_part_has_one_fingerprint_wherever_it_lies(
+    verses: Corpus, tokenizer: CharTokenizer, tmp_path: Path
+) -> None:
+    here, there = (
+        [read_part(part) for part in write_partitions(verses, 2, tmp_path / name)]
+        for name in ("here", "there")
+    )
+    found = [part.fingerprint for part in here]
+    assert found == [part.fingerprint for part in there]
+    assert found == [partition(verses, tokenizer, 2, i).fingerprint for i in range(2)]
+    assert (
+        found[0]
+        == sha256((tmp_path / "here/shakespeare_part_0/train.bin").read_bytes()).hexdigest()[:16]
+    )
+    assert found[0] != found[1]
 
 
 @pytest.fixture

@@ -20,20 +20,33 @@ class CheckpointError(ValueError):
 
 
 def save_pretrained(model: GPT, directory: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`, each beside its place and then moved into it."""
+    """Write `config.json` and `model.safetensors`, each beside its place and then moved into it.
+
+    A model that `torch.compile` wraps is written as the model that it wraps.
+
+    Raises:
+        CheckpointError: if the directory cannot be written.
+    """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    model = getattr(model, "_orig_mod", model)
     tensors = {
         name: tensor.detach().to("cpu").contiguous()
         for name, tensor in model.state_dict().items()
         if name != _TIED
     }
     settings = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
-        save_file(tensors, Path(beside) / WEIGHTS_FILE, metadata={"format": "pt"})
-        (Path(beside) / CONFIG_FILE).write_text(settings, encoding="utf-8")
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            (Path(beside) / name).replace(directory / name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
+            weights, config = Path(beside) / WEIGHTS_FILE, Path(beside) / CONFIG_FILE
+            save_file(tensors, weights, metadata={"format": "pt"})
+            config.write_text(settings, encoding="utf-8")
+            # safetensors lets nobody but the owner read; the user's umask decides
+            weights.chmod(config.stat().st_mode)
+            for written in (weights, config):
+                written.replace(directory / written.name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{directory} cannot be written: {error}") from error
 
 
 def from_pretrained(directory: str | Path) -> GPT:
@@ -68,7 +81,10 @@ def from_pretrained(directory: str | Path) -> GPT:
 
 def _read_config(path: Path) -> GPTConfig:
     try:
-        return GPTConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise TypeError(f"it holds a {type(settings).__name__} instead of an object")
+        return GPTConfig.from_dict(settings)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except (ValueError, TypeError) as error:

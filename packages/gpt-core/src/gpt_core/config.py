@@ -41,6 +41,8 @@ class GPTConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
                 raise ConfigError(f"{name} is {value!r}; it must be at least 0 and less than 1")
+        if not isinstance(self.bias, bool):
+            raise ConfigError(f"bias is {self.bias!r}; it must be True or False")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, ready for JSON."""

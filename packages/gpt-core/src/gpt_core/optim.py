@@ -122,10 +122,12 @@ def build_optimizer(
     embeddings, norms and head.
 
     Raises:
-        ConfigError: for an unknown name or a learning rate that is not above 0.
+        ConfigError: for an unknown name or a learning rate that is not above 0 and finite.
     """
-    if not learning_rate > 0:
-        raise ConfigError(f"learning_rate is {learning_rate!r}; it must be greater than 0")
+    if not 0 < learning_rate < math.inf:
+        raise ConfigError(
+            f"learning_rate is {learning_rate!r}; it must be greater than 0 and finite"
+        )
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if name == "adamw":
         decayed = [p for _, p in named if p.dim() >= 2]
@@ -154,5 +156,10 @@ def learning_rate_at(step: int, *, peak: float, warmup_steps: int = 0) -> float:
     Without a warm-up, Adam's first updates are as long as any later one, in directions taken from
     few gradients; a GPT with GPT-2's small initial weights then loses what it has learned, once or
     several times, in its first dozens of steps.
+
+    Raises:
+        ConfigError: for a negative `warmup_steps`.
     """
+    if warmup_steps < 0:
+        raise ConfigError(f"warmup_steps is {warmup_steps!r}; it must be at least 0")
     return peak * min(1.0, step / warmup_steps) if warmup_steps else peak

@@ -125,6 +125,8 @@ def _num_windows(tokens: NDArray[Any], block_size: int) -> int:
 
 
 def _check(tokens: NDArray[Any], batch_size: int, block_size: int) -> None:
+    if not isinstance(tokens, np.ndarray):
+        raise DataError(f"tokens must be a numpy array, it is {type(tokens).__name__}")
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise DataError(
             f"tokens must be a one-dimensional array of integers, "
@@ -142,10 +144,13 @@ def _check(tokens: NDArray[Any], batch_size: int, block_size: int) -> None:
 
 
 def _rng(seed: int | Sequence[int]) -> np.random.Generator:
+    refusal = f"seed must be integers of at least 0, it is {seed!r}"
+    if seed is None:  # numpy would take one from the system
+        raise DataError(refusal)
     try:
         return np.random.default_rng(seed)
     except (ValueError, TypeError) as error:
-        raise DataError(f"seed must be integers of at least 0, it is {seed!r}") from error
+        raise DataError(refusal) from error
 
 
 def _torch() -> Any:

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parts.add_argument("--num-partitions", type=int, required=True, help="how many clients")
     parts.add_argument(
-        "--output", type=Path, required=True, help="the directory of shakespeare_part_0, _1, …"
+        "--output", type=_directory, required=True, help="the directory of shakespeare_part_0, …"
     )
     commands.add_parser(
         "info",
@@ -56,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: shakespeare-data info --corpus nine-plays",
     )
     return parser
+
+
+def _directory(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; it must be a directory")
+    return Path(text)
 
 
 def _partition(corpus_name: str, num_partitions: int, output: Path) -> None:

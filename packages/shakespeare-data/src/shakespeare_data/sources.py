@@ -39,9 +39,14 @@ def cache_dir() -> Path:
     if not chosen:
         return user_cache_path("shakespeare-data")
     try:
-        return Path(chosen).expanduser()
+        directory = Path(chosen).expanduser()
     except RuntimeError as error:  # ~user of a user that does not exist
         raise DataError(f"SHAKESPEARE_DATA_DIR is {chosen!r}: {error}") from error
+    if directory.is_file():
+        raise DataError(
+            f"SHAKESPEARE_DATA_DIR is {chosen!r}, a file; it must be the directory of input.txt"
+        )
+    return directory
 
 
 def _mirror() -> str:

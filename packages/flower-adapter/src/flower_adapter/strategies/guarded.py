@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -37,6 +37,15 @@ class RoundFailed(RuntimeError):
         return "\n".join([f"{self.phase} round {self.server_round}: {self.shortage}", *lines])
 
 
+class Dropped(NamedTuple):
+    """A reply that was left out."""
+
+    phase: str  # "train" or "evaluate"
+    server_round: int
+    node: int
+    reason: str
+
+
 class Guarded(Wrapper):
     """`strategy`, given only replies that it can average.
 
@@ -45,8 +54,8 @@ class Guarded(Wrapper):
     with NaN or Inf in them, or if its weight (the strategy's `weighted_by_key`, else
     "num-examples") is missing, zero or negative, or a metric is not finite. An evaluate reply is
     dropped for its error, its metrics or its weight. Each dropped reply is logged as a warning with
-    its node and the reason. The metrics of a train round get "num-dropped", the number of dropped
-    replies.
+    its node and the reason, and kept in `dropped`, as is a node that did not answer. The metrics of
+    a train round get "num-dropped", the number of dropped replies.
 
     The aggregated arrays come back in the dtypes that were sent: an integer buffer that averaging
     made a float is rounded, and a float64 that an optimizer on the server made is narrowed.
@@ -61,6 +70,7 @@ class Guarded(Wrapper):
             raise ValueError(f"min_replies is {min_replies}, should be at least 1")
         super().__init__(strategy)
         self.min_replies = min_replies
+        self.dropped: list[Dropped] = []
         self._sent_arrays = ArrayRecord()
         self._sent_to: list[int] = []
 
@@ -111,6 +121,7 @@ class Guarded(Wrapper):
         silent = [(node, "no reply in time") for node in self._sent_to if node not in answered]
         for node, reason in dropped + silent:
             logger.warning("%s round %d: dropped node %d: %s", phase, server_round, node, reason)
+            self.dropped.append(Dropped(phase, server_round, node, reason))
         if (self._sent_to or dropped) and len(good) < self.min_replies:
             shortage = f"{len(good)} good of {len(self._sent_to)} replies, needs {self.min_replies}"
             raise RoundFailed(phase, server_round, shortage, dropped + silent)
