@@ -85,12 +85,14 @@ class Federation:
     def __exit__(self, *_: object) -> None:
         self.end()
 
-    def start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    def start(
+        self, name: str, command: Sequence[str], **environment: str
+    ) -> subprocess.Popen[bytes]:
         """Start one of Flower's programs in the background, its log in `<home>/<name>.log`."""
         with (self.home / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 [program(command[0]), *command[1:]],
-                env=self._environment,
+                env=environment | self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
@@ -114,10 +116,15 @@ class Federation:
             time.sleep(0.1)
         raise LocalRunError(f"the SuperLink did not start: {self.tail('superlink')}")
 
-    def start_supernode(self, name: str, node_config: str) -> None:
-        """Start a SuperNode that joins the SuperLink."""
+    def start_supernode(self, name: str, node_config: str, *, threads: int = 1) -> None:
+        """Start a SuperNode that joins the SuperLink, and computes with that many threads.
+
+        By default PyTorch takes a thread a core in each of them, and threads that wait for each
+        other on shared cores make a step many times slower. `OMP_NUM_THREADS`, if set, decides.
+        """
         link = ["--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port())]
-        self.start(name, ["flower-supernode", "--insecure", *link, "--node-config", node_config])
+        command = ["flower-supernode", "--insecure", *link, "--node-config", node_config]
+        self.start(name, command, OMP_NUM_THREADS=str(threads))
 
     def run(self, app: Path, run_config: Mapping[str, Any], *options: str) -> None:
         """`flwr run`, streamed, to the end of the run.
@@ -285,8 +292,9 @@ def deploy(app: Path, run_config: Mapping[str, Any], options: argparse.Namespace
         parts = write_partitions(text, options.num_clients, federation.home / "datasets")
         federation.start_superlink()
         names = [f"supernode-{number}" for number in range(options.num_clients)]
+        threads = max(1, (os.cpu_count() or 1) // options.num_clients)
         for name, part in zip(names, parts, strict=True):
-            federation.start_supernode(name, f"data-path='{part.resolve()}'")
+            federation.start_supernode(name, f"data-path='{part.resolve()}'", threads=threads)
         try:
             federation.run(app, run_config)
         finally:
