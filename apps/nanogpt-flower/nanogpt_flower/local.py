@@ -351,7 +351,7 @@ def wrong_size(options: argparse.Namespace) -> str:
         return f"--num-clients is {options.num_clients}; it must be at least 1"
     if options.runtime == "deploy":
         given = [name for name in ("cpus", "gpus") if getattr(options, name) is not None]
-        return f"--{given[0]} is for simulate; a SuperNode takes what it finds" if given else ""
+        return f"--{given[0]} is for simulate; SuperNodes share this machine" if given else ""
     cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
     if options.cpus is not None and not 1 <= options.cpus <= cores:
         return f"--cpus is {options.cpus}; it must be from 1 to {cores}, this machine's cores"
