@@ -59,7 +59,8 @@ def truncated() -> RecordDict:
 class LocalGrid(Grid):
     """Runs `app` for each message on nodes of random id; replies come in random order.
 
-    A ClientApp that raises becomes an error reply with the text that Flower's deployment gives it.
+    A ClientApp without a function for a message raises ValueError; it becomes an error reply with
+    the text that Flower's deployment gives it. Anything else that an app raises fails the test.
     """
 
     def __init__(self, app: ClientApp, num_nodes: int, seed: int = 0) -> None:
@@ -95,7 +96,7 @@ class LocalGrid(Grid):
         message.metadata.__dict__["_message_id"] = str(uuid4())
         try:
             return self.app(message, self.contexts[message.metadata.dst_node_id])
-        except Exception as err:
+        except ValueError as err:
             return Message(Error(2, f"{type(err)}:<'{err}'>"), reply_to=message)
 
     @property
