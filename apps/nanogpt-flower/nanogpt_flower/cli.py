@@ -47,15 +47,15 @@ def sample(arguments: argparse.Namespace) -> None:
     print()
 
 
-def _whole(least: int, most: int) -> Callable[[str], int]:
+def _whole(most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = least - 1
-        if not least <= value <= most:
+            value = -1
+        if not 0 <= value <= most:
             raise argparse.ArgumentTypeError(
-                f"it is {text!r}; it must be a whole number from {least} to {most}"
+                f"it is {text!r}; it must be a whole number from 0 to {most}"
             )
         return value
 
@@ -71,11 +71,10 @@ def _parser() -> argparse.ArgumentParser:
         help="stream text from a trained model",
         epilog='example: nanogpt-flower sample runs/123 --prompt "ROMEO:" --tokens 500 --seed 1',
     )
-    count = _whole(0, 2**31 - 1)
+    count, seed = _whole(2**31 - 1), _whole(2**63 - 1)
     command.add_argument("directory", type=Path, help="a run directory, or the model/ in it")
     command.add_argument("--prompt", default="", help="the text to go on from (a line break)")
     command.add_argument("--tokens", type=count, default=500, help="characters to write (500)")
-    seed = _whole(0, 2**63 - 1)
     command.add_argument("--seed", type=seed, help="of the draws; equal seeds, equal text")
     command.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
     command.add_argument("--top-k", type=count, default=0, help="draw from the k likeliest; 0: all")

@@ -45,12 +45,16 @@ STATE = "training"  # of this client, kept between rounds
 logger = logging.getLogger("flwr.nanogpt_flower")
 
 
-def label(context: Context) -> str:
-    """This client's name in every run: of its text, wherever that lies, or of its partition."""
-    node = context.node_config
-    if "data-path" in node:
-        return f"text {read_part(str(node['data-path'])).fingerprint}"
-    return place(context)
+def label(context: Context, part: Part | None = None) -> str:
+    """This client's name in every run: of its text, wherever that lies, or of its partition.
+
+    `part` is this client's, if it has been read already.
+    """
+    name = place(context)
+    if "data-path" in context.node_config:
+        part = read_part(name) if part is None else part
+        return f"text {part.fingerprint}"
+    return name
 
 
 def place(context: Context) -> str:
@@ -118,7 +122,7 @@ def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float
     """One client's round: from the global model, with the optimizer state of its last round."""
     settings = Settings.from_run_config(context.run_config)
     part, name = own_part(settings, config, context), place(context)
-    seed = seed_for(settings, label(context), int(str(config["server-round"])))
+    seed = seed_for(settings, label(context, part), int(str(config["server-round"])))
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))  # dropout
     run = runtime(settings)
     logger.info("[%s] trains on %s characters: %s", name, f"{len(part.train):,}", run)

@@ -1,10 +1,10 @@
-"""What the client and the server build alike from the settings."""
+"""What more than one part of the app builds from the settings: alike, since from here."""
 
 import zlib
 
 from gpt_core import GPTConfig, Runtime
-from nanogpt_flower.settings import Settings
-from shakespeare_data import CharTokenizer
+from nanogpt_flower.settings import Settings, SettingsError
+from shakespeare_data import CharTokenizer, DataError
 
 NO_CORPUS = "none"  # the corpus of a server that has no text
 VOCABULARY = "vocabulary"  # the query by which it asks its clients for theirs
@@ -51,6 +51,17 @@ def check_vocabulary(name: str, own: CharTokenizer, other_name: str, other: Char
 def sample_start(tokenizer: CharTokenizer) -> str:
     """What a sample without a prompt goes on from: a line break where the text has one."""
     return "\n" if "\n" in tokenizer.vocab else tokenizer.vocab[0]
+
+
+def sample_prompt(settings: Settings, tokenizer: CharTokenizer) -> str:
+    """What the sample goes on from: the setting, checked, else `sample_start`."""
+    if not settings.sample_prompt:
+        return sample_start(tokenizer)
+    try:
+        tokenizer.encode(settings.sample_prompt)
+    except DataError as error:
+        raise SettingsError(f"sample-prompt is {settings.sample_prompt!r}: {error}") from error
+    return settings.sample_prompt
 
 
 def seed_for(settings: Settings, label: str, server_round: int) -> list[int]:

@@ -31,8 +31,7 @@ import tomli_w
 import torch
 
 from nanogpt_flower.artifacts import writable_directory
-from nanogpt_flower.composition import NO_CORPUS, runtime
-from nanogpt_flower.server_app import sample_prompt
+from nanogpt_flower.composition import NO_CORPUS, runtime, sample_prompt
 from nanogpt_flower.settings import Settings
 from shakespeare_data import CharTokenizer, load_corpus, partition, write_partitions
 

@@ -21,7 +21,7 @@ from nanogpt_flower.composition import (
     check_vocabulary,
     model_config,
     runtime,
-    sample_start,
+    sample_prompt,
 )
 from nanogpt_flower.history import History
 from nanogpt_flower.settings import Settings, SettingsError
@@ -179,17 +179,6 @@ def validation_split(
             "and with several clients less"
         )
     return tokens
-
-
-def sample_prompt(settings: Settings, tokenizer: CharTokenizer) -> str:
-    """What the sample goes on from: the setting, checked, else `sample_start`."""
-    if not settings.sample_prompt:
-        return sample_start(tokenizer)
-    try:
-        tokenizer.encode(settings.sample_prompt)
-    except DataError as error:
-        raise SettingsError(f"sample-prompt is {settings.sample_prompt!r}: {error}") from error
-    return settings.sample_prompt
 
 
 def write(model: GPT, tokenizer: CharTokenizer, prompt: str, settings: Settings) -> Iterator[str]:

@@ -8,8 +8,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from flower_adapter import Dropped
 from nanogpt_flower.client_app import app as client_app
-from nanogpt_flower.composition import VocabularyMismatch
-from nanogpt_flower.server_app import ask_vocabulary, left_out, sample_prompt, wait_for_clients
+from nanogpt_flower.composition import VocabularyMismatch, sample_prompt
+from nanogpt_flower.server_app import ask_vocabulary, left_out, wait_for_clients
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, DataError
 

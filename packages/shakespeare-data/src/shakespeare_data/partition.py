@@ -39,7 +39,7 @@ class Part:
 
         Equal wherever a part lies, and different for different texts.
         """
-        return sha256(self.train.astype(_ON_DISK, copy=False).tobytes()).hexdigest()[:16]
+        return sha256(self.train.astype(_ON_DISK, copy=False).data).hexdigest()[:16]
 
 
 def contiguous(tokens: NDArray[Any], num_partitions: int) -> list[NDArray[Any]]:
