@@ -218,12 +218,13 @@ def test_a_guard_needs_at_least_one_reply(min_replies: int) -> None:
 def test_nodes_that_never_answer_fail_the_round_too() -> None:
     grid = scripted(good(), good())
     strategy = Guarded(FedAvg())
-    list(strategy.configure_train(1, record(**GLOBAL), ConfigRecord(), grid))
+    messages = list(strategy.configure_train(1, record(**GLOBAL), ConfigRecord(), grid))
     with pytest.raises(RoundFailed, match="no reply in time"):
         strategy.aggregate_train(1, [])
     assert [(reply.node, reply.reason) for reply in strategy.dropped] == [
-        (node, "no reply in time") for node in grid.get_node_ids()
+        (message.metadata.dst_node_id, "no reply in time") for message in messages
     ]
+    assert len(messages) == 2
 
 
 def test_a_round_in_which_nothing_is_sent_does_not_fail() -> None:
