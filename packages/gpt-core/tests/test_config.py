@@ -14,6 +14,7 @@ from gpt_core import ConfigError, GPTConfig
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"attention_dropout": -0.1}, "attention_dropout is -0.1"),
         ({"bias": "no"}, "bias is 'no'"),
+        ({"gelu_approximate": "erf"}, "gelu_approximate is 'erf'; it must be 'none' or 'tanh'"),
     ],
 )
 def test_a_shape_that_cannot_work_is_named(settings: dict[str, float], named: str) -> None:

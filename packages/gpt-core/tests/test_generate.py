@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
 import torch
 
-from gpt_core import GPT, generate, stream
+from gpt_core import GPT, Decoder, KVCache, generate, stream
+from gpt_core.generate import _Sampler
 
 
 def recompute(model: GPT, prompt: torch.Tensor, count: int) -> torch.Tensor:
@@ -14,8 +17,7 @@ def recompute(model: GPT, prompt: torch.Tensor, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("length", [1, 3, 7])
 def test_greedy_text_equals_full_recomputation_up_to_the_block(model: GPT, length: int) -> None:
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)  # so that the likeliest token varies
+    spread(model)
     prompt = torch.randint(11, (5, length))
     written = generate(model, prompt, 9 - length, temperature=0.0)
     assert torch.equal(written, recompute(model.eval(), prompt, 9 - length))
@@ -23,14 +25,97 @@ def test_greedy_text_equals_full_recomputation_up_to_the_block(model: GPT, lengt
 
 
 def test_past_the_block_the_newest_half_is_the_context(model: GPT) -> None:
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+    spread(model)
     prompt = torch.randint(11, (2, 8))
     written = generate(model, prompt, 12, temperature=0.0)
     assert written.shape == (2, 20)
     # the block of 8 is full with the prompt; the 10th token is the first after a move
     window = written[:, 5:9]
     assert torch.equal(written[:, 5:14], recompute(model, window, 5))
+
+
+def spread(model: GPT) -> GPT:
+    """Weights so large that the likeliest token varies from place to place."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+def test_exact_recomputes_the_newest_block_for_each_token(model: GPT) -> None:
+    spread(model)
+    idx = prompt = torch.randint(11, (3, 4))
+    for _ in range(30):
+        logits = model(idx[:, -8:]).logits[:, -1]
+        idx = torch.cat((idx, logits.argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(generate(model, prompt, 30, temperature=0.0, window="exact"), idx)
+
+
+@pytest.mark.parametrize("window", ["shift", "exact"])
+def test_prompts_of_different_lengths_are_each_written_as_alone(model: GPT, window: str) -> None:
+    spread(model)
+    prompts = [torch.randint(11, (length,)) for length in (3, 1, 20, 8, 3, 7)]
+    together = generate(model, prompts, 25, temperature=0.0, window=window)
+    assert [len(row) for row in together] == [len(prompt) + 25 for prompt in prompts]
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = generate(model, prompt[None], 25, temperature=0.0, window=window)
+        assert torch.equal(row, alone[0])
+
+
+def test_a_block_of_one_token_can_be_written_with(tiny) -> None:
+    model = spread(GPT(dataclasses.replace(tiny, block_size=1)))
+    prompt = torch.randint(11, (2, 1))
+    idx = prompt
+    for _ in range(6):
+        idx = torch.cat((idx, model(idx[:, -1:]).logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+    for window in ("shift", "exact"):
+        assert torch.equal(generate(model, prompt, 6, temperature=0.0, window=window), idx)
+
+
+@pytest.mark.parametrize("lengths", [[5, 5], [2, 5, 3]])
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+def test_the_decoder_gives_the_logits_of_the_forward_pass(
+    tiny, lengths: list[int], gelu: str
+) -> None:
+    model = spread(GPT(dataclasses.replace(tiny, gelu_approximate=gelu, bias=True)))
+    idx = torch.randint(11, (len(lengths), 8))
+    cache = KVCache(model.config, len(lengths), like=model.lm_head.weight)
+    with torch.no_grad():
+        model(idx[:, : max(lengths)], cache=cache)
+        cache.lengths = list(lengths)  # what lies behind a row's length is garbage
+        decoder = Decoder(model, cache)
+        for step in range(3):
+            columns = [length + step for length in lengths]
+            rows = list(range(len(lengths)))
+            logits = decoder(idx[rows, columns])
+            for row, column in zip(rows, columns, strict=True):
+                alone = model(idx[row : row + 1, : column + 1]).logits[0, -1]
+                torch.testing.assert_close(logits[row], alone, rtol=1e-5, atol=1e-5)
+    assert cache.lengths == [length + 3 for length in lengths]
+
+
+def test_a_full_cache_takes_no_further_token(model: GPT) -> None:
+    cache = KVCache(model.config, 1, like=model.lm_head.weight)
+    model(torch.zeros(1, 8, dtype=torch.int64), cache=cache)
+    with pytest.raises(ValueError, match="9 tokens; block_size allows 8"):
+        Decoder(model, cache)(torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_dtype_writes(model: GPT, dtype: torch.dtype) -> None:
+    spread(model).to(dtype)
+    prompt = torch.randint(11, (2, 3))
+    written = generate(model, prompt, 5, temperature=0.0)
+    if dtype == torch.float64:
+        assert torch.equal(written, recompute(model, prompt, 5))
+    assert written.shape == (2, 8)
+
+
+def test_a_compiled_model_is_written_with_as_it_is(model: GPT) -> None:
+    prompt = torch.zeros(1, 1, dtype=torch.int64)
+    compiled = torch.compile(model, backend="eager")
+    with torch.compiler.set_stance("fail_on_recompile"):  # nothing may be compiled at all
+        written = generate(compiled, prompt, 12, seed=0)
+    assert torch.equal(written, generate(model, prompt, 12, seed=0))
 
 
 def test_a_prompt_longer_than_the_block_keeps_its_end(model: GPT) -> None:
@@ -69,6 +154,111 @@ def test_top_k_draws_only_the_likeliest(model: GPT) -> None:
     assert set(drawn.tolist()) == set(likeliest.tolist())
 
 
+def drawn_from(probabilities: list[float], **settings: object) -> torch.Tensor:
+    """Relative frequencies of 40,000 draws."""
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **settings}
+    sampler = _Sampler(generator=torch.Generator().manual_seed(0), **settings)
+    tokens = sampler(torch.tensor(probabilities).log().expand(40_000, -1))
+    return tokens.bincount(minlength=len(probabilities)) / 40_000
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.1, 0.4, 0.05, 0.25, 0.2]),
+        ({"top_k": 2}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+        ({"top_k": 9}, [0.1, 0.4, 0.05, 0.25, 0.2]),
+        ({"top_p": 0.39}, [0, 1, 0, 0, 0]),
+        ({"top_p": 0.41}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+        ({"top_p": 0.84}, [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85]),
+        ({"top_p": 1e-9}, [0, 1, 0, 0, 0]),
+        ({"min_p": 0.3}, [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85]),
+        ({"min_p": 1.0}, [0, 1, 0, 0, 0]),
+        # of the two likeliest alone 0.4 / 0.65 is 0.615
+        ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0, 0]),
+        ({"temperature": 0.5}, [0.01, 0.16, 0.0025, 0.0625, 0.04]),
+    ],
+)
+def test_draws_follow_the_filtered_distribution(
+    settings: dict[str, object], expected: list[float]
+) -> None:
+    frequency = drawn_from([0.1, 0.4, 0.05, 0.25, 0.2], **settings)
+    wanted = torch.tensor(expected) / sum(expected)
+    # four deviations of a frequency of 40,000 draws are at most 0.01
+    torch.testing.assert_close(frequency, wanted, atol=0.01, rtol=0)
+    assert (frequency[wanted == 0] == 0).all()
+
+
+def with_prediction(model: GPT, chain: dict[int, int]) -> GPT:
+    """A model that writes the token `chain[t]` after t: embeddings alone, the blocks silent."""
+    torch.nn.init.zeros_(model.transformer.wpe.weight)
+    for block in model.transformer.h:
+        torch.nn.init.zeros_(block.attn.c_proj.weight)
+        torch.nn.init.zeros_(block.mlp.c_proj.weight)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(11, 16))
+    embedding = torch.nn.Parameter(torch.eye(11, 16))
+    model.transformer.wte.weight = embedding
+    with torch.no_grad():
+        for token, following in chain.items():
+            model.lm_head.weight[following] += 9 * embedding[token]
+    return model.eval()
+
+
+COUNTING = {i: (i + 1) % 11 for i in range(11)}
+
+
+@pytest.mark.parametrize(
+    ("stop", "length"),
+    [
+        ([6], 3),
+        ([[5, 6]], 3),
+        ([[6, 5], 9], 6),
+        ([[3, 4]], 12),  # not the 3 of the prompt, but that of eleven tokens on
+        (["fg"], 3),
+        ("g", 3),
+        (["zz", [8]], 5),
+        ([], 14),
+    ],
+)
+def test_a_row_ends_with_what_stops_it(model: GPT, stop: object, length: int) -> None:
+    with_prediction(model, COUNTING)
+    written = generate(
+        model,
+        torch.tensor([[3]]),
+        14,
+        temperature=0.0,
+        stop=stop,
+        decode=lambda ids: "".join("abcdefghijk"[i] for i in ids),
+    )
+    assert written.tolist() == [[(3 + i) % 11 for i in range(length + 1)]]
+
+
+def test_each_row_ends_by_itself(model: GPT) -> None:
+    with_prediction(model, COUNTING)
+    settings = {"temperature": 0.0, "stop": [6]}
+    rectangle = generate(model, torch.tensor([[5], [2], [9]]), 5, **settings)
+    assert rectangle.tolist() == [
+        [5, 6, -1, -1, -1, -1],
+        [2, 3, 4, 5, 6, -1],
+        [9, 10, 0, 1, 2, 3],
+    ]
+    rows = generate(
+        model, [torch.tensor([5]), torch.tensor([1, 2]), torch.tensor([4])], 9, **settings
+    )
+    assert [row.tolist() for row in rows] == [[5, 6], [1, 2, 3, 4, 5, 6], [4, 5, 6]]
+    assert len(list(stream(model, torch.tensor([[5], [2]]), 50, **settings))) == 4
+
+
+def test_no_new_tokens_are_none(model: GPT) -> None:
+    assert generate(model, torch.tensor([[1, 2]]), 0).tolist() == [[1, 2]]
+    assert [
+        row.tolist() for row in generate(model, [torch.tensor([1]), torch.tensor([2, 3])], 0)
+    ] == [
+        [1],
+        [2, 3],
+    ]
+
+
 def test_streamed_tokens_are_the_generated_ones(model: GPT) -> None:
     prompt = torch.zeros(2, 1, dtype=torch.int64)
     streamed = torch.cat(list(stream(model, prompt, 20, seed=3)), dim=1)
@@ -81,7 +271,23 @@ def test_streamed_tokens_are_the_generated_ones(model: GPT) -> None:
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": float("nan")}, "top_p is nan"),
+        ({"min_p": 1.1}, "min_p is 1.1"),
+        ({"window": "slide"}, "window is 'slide'; allowed are shift, exact"),
+        ({"stop": ["end"]}, "stop holds the string 'end', which needs `decode`"),
+        ({"stop": [[]]}, "may not hold an empty string or sequence"),
+        ({"stop": ""}, "may not hold an empty string or sequence"),
         ({"prompt": torch.zeros(1, 0, dtype=torch.int64)}, "T >= 1 is needed"),
+        ({"prompt": torch.zeros(3, dtype=torch.int64)}, r"shape \(3,\); \(B, T\) with T >= 1"),
+        ({"prompt": torch.zeros(0, 3, dtype=torch.int64)}, "there is no prompt"),
+        ({"prompt": []}, "there is no prompt"),
+        ({"prompt": torch.zeros(1, 3)}, "prompt 0 is torch.float32; ids are whole numbers"),
+        ({"prompt": torch.tensor([[1], [11]])}, "prompt 1 holds the id 11; the vocabulary has 0"),
+        (
+            {"prompt": [torch.tensor([1]), torch.tensor([], dtype=torch.int64)]},
+            "prompt 1 has shape",
+        ),
     ],
 )
 def test_a_bad_setting_is_named(model: GPT, settings: dict[str, object], named: str) -> None:

@@ -120,6 +120,61 @@ def test_the_learning_rate_rises_linearly_and_stays() -> None:
     assert learning_rate_at(1, peak=0.8) == 0.8
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_learning_rate_falls_from_the_peak_to_the_floor(schedule: str) -> None:
+    settings = {"peak": 0.8, "warmup_steps": 10, "total_steps": 110, "floor": 0.1}
+    rates = [learning_rate_at(step, schedule=schedule, **settings) for step in range(1, 121)]
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([weight], lr=0.8)
+    of_torch = {
+        "linear": torch.optim.lr_scheduler.LinearLR(
+            optimizer, start_factor=1.0, end_factor=0.125, total_iters=100
+        ),
+        "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100, eta_min=0.1),
+    }[schedule]
+    expected = []
+    for _ in range(101):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        of_torch.step()
+    assert rates[9:110] == pytest.approx(expected)
+    assert rates[:10] == pytest.approx([0.08 * step for step in range(1, 11)])
+    assert rates[109:] == [pytest.approx(0.1)] * 11
+
+
+def test_the_learning_rate_is_stable_before_it_decays() -> None:
+    settings = {"peak": 1.0, "warmup_steps": 2, "total_steps": 10, "floor": 0.5}
+    rates = [
+        learning_rate_at(step, schedule="warmup-stable-decay", decay_steps=5, **settings)
+        for step in range(1, 12)
+    ]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.5])
+    by_default = [
+        learning_rate_at(step, schedule="warmup-stable-decay", **settings) for step in range(1, 11)
+    ]
+    assert by_default == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 0.75, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"schedule": "step"}, "schedule is 'step'; allowed are constant, linear, cosine, warmup-"),
+        ({"schedule": "cosine"}, "total_steps is None; the schedule 'cosine' needs it"),
+        ({"schedule": "linear", "total_steps": 5, "warmup_steps": 6}, "room for 6 steps"),
+        ({"schedule": "linear", "total_steps": 0}, "total_steps is 0"),
+        (
+            {"schedule": "warmup-stable-decay", "total_steps": 9, "decay_steps": 10},
+            "room for 0 steps of warm-up and 10 of decay",
+        ),
+        ({"floor": 2.0}, "floor is 2.0; it must be at least 0 and at most peak, 1.0"),
+        ({"floor": -0.1}, "floor is -0.1"),
+    ],
+)
+def test_a_schedule_that_cannot_work_is_named(settings: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        learning_rate_at(1, peak=1.0, **settings)
+
+
 def test_an_unknown_optimizer_is_named(model: GPT) -> None:
     with pytest.raises(ConfigError, match="optimizer is 'sgd'; allowed are adamw, muon"):
         build_optimizer(model, "sgd", learning_rate=1.0)

@@ -63,7 +63,13 @@ def test_each_step_takes_its_learning_rate(model: GPT, cpu: Runtime) -> None:
     optimizer = torch.optim.SGD([weight], lr=100.0)
     rates = [0.0, 0.5, 0.25, 0.125]
     train_steps(
-        Slope(), batches(3), optimizer, steps=3, runtime=cpu, learning_rate=rates.__getitem__
+        Slope(),
+        batches(3),
+        optimizer,
+        steps=3,
+        runtime=cpu,
+        grad_clip=0.0,
+        learning_rate=rates.__getitem__,
     )
     assert weight.item() == 0.5 + 0.25 + 0.125
 
@@ -84,6 +90,7 @@ def test_a_loss_that_is_no_number_ends_the_training(model: GPT, cpu: Runtime) ->
     others = [p.detach().clone() for p in model.parameters() if p is not model.lm_head.weight]
     with pytest.raises(TrainingDiverged, match="nan at step 1 of 3"):
         train_steps(model, batches(3), optimizer, steps=3, runtime=cpu)
+    assert all(p.grad is None for p in model.parameters())
     after = [p for p in model.parameters() if p is not model.lm_head.weight]
     assert all(torch.equal(one, other) for one, other in zip(others, after, strict=True))
 
@@ -105,6 +112,45 @@ def test_evaluation_does_not_depend_on_the_batch_size(model: GPT, cpu: Runtime) 
     assert by_size == pytest.approx([model(*rows).loss.item()] * 3, rel=1e-6)
 
 
+def test_evaluation_counts_each_target_once(model: GPT) -> None:
+    """Rows of which some count less than others, in slices and batches of every size."""
+    x, y = batches(1, rows=12)[0]
+    y = y.clone()
+    y[3, 2:], y[7], y[8, :5] = -1, -1, -1
+    whole = model.eval()(x, y).loss.item()
+    for size in (1, 5, 12):
+        for tokens in (0, 8, 20, 40):
+            runtime = Runtime.resolve(device="cpu", precision="fp32", micro_batch_tokens=tokens)
+            parts = zip(x.split(size), y.split(size), strict=True)
+            assert evaluate(model, parts, runtime=runtime) == pytest.approx(whole, rel=1e-6)
+
+
+def test_slices_take_the_step_of_the_whole_batch(tiny) -> None:
+    data = [(x, y.clone()) for x, y in batches(3, rows=7)]
+    data[1][1][2:4] = -1
+    stepped = []
+    for tokens in (0, 8, 24):
+        torch.manual_seed(0)
+        model = GPT(tiny)
+        runtime = Runtime.resolve(device="cpu", precision="fp32", micro_batch_tokens=tokens)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        result = train_steps(model, data, optimizer, steps=3, runtime=runtime)
+        stepped.append((result, model))
+    (whole, reference), *others = stepped
+    for result, model in others:
+        assert result.loss == pytest.approx(whole.loss, rel=1e-5)
+        assert result.tokens == whole.tokens
+        for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_no_more_batches_are_drawn_than_steps_taken(model: GPT, cpu: Runtime) -> None:
+    iterator = iter(batches(5))
+    optimizer = build_optimizer(model, learning_rate=0.01)
+    train_steps(model, iterator, optimizer, steps=3, runtime=cpu)
+    assert len(list(iterator)) == 2
+
+
 def test_evaluation_restores_the_mode(model: GPT, cpu: Runtime) -> None:
     for training in (True, False):
         model.train(training)
@@ -113,5 +159,7 @@ def test_evaluation_restores_the_mode(model: GPT, cpu: Runtime) -> None:
 
 
 def test_nothing_to_evaluate_is_an_error(model: GPT, cpu: Runtime) -> None:
-    with pytest.raises(ValueError, match="no batch"):
-        evaluate(model, [], runtime=cpu)
+    x, y = batches(1)[0]
+    for nothing in ([], [(x, torch.full_like(y, -1))]):
+        with pytest.raises(ValueError, match="no target"):
+            evaluate(model, nothing, runtime=cpu)

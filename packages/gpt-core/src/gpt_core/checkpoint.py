@@ -2,21 +2,24 @@
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from gpt_core.config import GPTConfig
-from gpt_core.model import GPT
+from gpt_core.model import GPT, uncompiled
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-_TIED = "lm_head.weight"  # the same tensor as transformer.wte.weight, stored once
+TIED = "lm_head.weight"  # the same tensor as transformer.wte.weight, stored once
 
 
 class CheckpointError(ValueError):
-    """A model directory that cannot be loaded; the message names the file and what is wrong."""
+    """A model that cannot be loaded or written; the message names the file and what is wrong."""
 
 
 def save_pretrained(model: GPT, directory: str | Path) -> None:
@@ -25,15 +28,19 @@ def save_pretrained(model: GPT, directory: str | Path) -> None:
     A model that `torch.compile` wraps is written as the model that it wraps.
 
     Raises:
-        CheckpointError: if the directory cannot be written.
+        CheckpointError: if the directory cannot be written, or the model is no longer the one of
+            its configuration (int8 weights, say); what was in the directory is still there.
     """
     directory = Path(directory)
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     tensors = {
         name: tensor.detach().to("cpu").contiguous()
         for name, tensor in model.state_dict().items()
-        if name != _TIED
+        if name != TIED
     }
+    wrong = misfits(model.config, tensors)
+    if wrong:
+        raise CheckpointError(f"the model is not that of its configuration: {'; '.join(wrong)}")
     settings = json.dumps(model.config.to_dict(), indent=2) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -50,32 +57,54 @@ def save_pretrained(model: GPT, directory: str | Path) -> None:
 
 
 def from_pretrained(directory: str | Path) -> GPT:
-    """The model that `save_pretrained` wrote, on the CPU, in evaluation mode.
+    """The model that `save_pretrained` wrote, in its dtype, on the CPU, in evaluation mode.
 
     Raises:
         CheckpointError: for a missing or unreadable file, an unknown setting, or tensors whose
-            names or shapes do not fit the configuration (each is named).
+            names, shapes or kinds do not fit the configuration (each is named).
     """
     directory = Path(directory)
-    model = GPT(_read_config(directory / CONFIG_FILE))
+    config = _read_config(directory / CONFIG_FILE)
     weights = directory / WEIGHTS_FILE
     try:
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{weights} cannot be read: {error}") from error
-    expected = {name: t.shape for name, t in model.state_dict().items() if name != _TIED}
+    wrong = misfits(config, tensors)
+    if wrong:
+        raise CheckpointError(f"{weights} does not fit {CONFIG_FILE}: {'; '.join(wrong)}")
+    return assemble(config, tensors)
+
+
+def _empty(config: GPTConfig) -> GPT:
+    """The model without memory for its weights, and without a draw from any generator."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def misfits(config: GPTConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What keeps these tensors from being the weights of a model, in words, one entry a tensor."""
+    expected = {name: t.shape for name, t in _empty(config).state_dict().items() if name != TIED}
     wrong = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
     wrong += [
         f"{name} is not part of the model" for name in sorted(tensors.keys() - expected.keys())
     ]
-    wrong += [
-        f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if wrong:
-        raise CheckpointError(f"{weights} does not fit {CONFIG_FILE}: {'; '.join(wrong)}")
-    model.load_state_dict(tensors, strict=False)
+    for name, shape in expected.items():
+        if name not in tensors:
+            continue
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            wrong.append(f"{name} has shape {tuple(tensor.shape)} instead of {tuple(shape)}")
+        elif not tensor.is_floating_point():
+            wrong.append(f"{name} is {tensor.dtype} instead of a floating-point dtype")
+    return wrong
+
+
+def assemble(config: GPTConfig, tensors: Mapping[str, Tensor]) -> GPT:
+    """The model that consists of these tensors (not copies), which fit, in evaluation mode."""
+    model = _empty(config)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight
     return model.eval()
 
 

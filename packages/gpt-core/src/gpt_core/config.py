@@ -27,6 +27,7 @@ class GPTConfig:
         0.0  # inside attention; above 0 the fused kernel cannot serve on a CPU
     )
     bias: bool = False  # in linear layers and layer norms
+    gelu_approximate: str = "none"  # "none" (nanoGPT) or "tanh" (GPT-2), as in torch's gelu
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -43,6 +44,10 @@ class GPTConfig:
                 raise ConfigError(f"{name} is {value!r}; it must be at least 0 and less than 1")
         if not isinstance(self.bias, bool):
             raise ConfigError(f"bias is {self.bias!r}; it must be True or False")
+        if self.gelu_approximate not in ("none", "tanh"):
+            raise ConfigError(
+                f"gelu_approximate is {self.gelu_approximate!r}; it must be 'none' or 'tanh'"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, ready for JSON."""

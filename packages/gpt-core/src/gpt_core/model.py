@@ -3,8 +3,10 @@
 What is special about it:
 - learned positions, pre-norm blocks, GELU, one embedding matrix for input and output;
 - GPT-2's initialisation, residual projections scaled by 1/sqrt(2 n_layer);
-- attention through PyTorch's fused kernel, so dropout inside attention is a setting of its own;
-- an optional key-value cache, with which `forward` continues a sequence instead of recomputing it.
+- attention through PyTorch's fused kernels, or through blocks of matrix products where those are
+  faster, so dropout inside attention is a setting of its own;
+- an optional key-value cache, with which `forward` continues sequences, each at its own length,
+  instead of recomputing them.
 """
 
 import math
@@ -14,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt_core.attention import blocked_causal_attention, blocked_is_faster
 from gpt_core.config import GPTConfig
+from gpt_core.loss import IGNORED, at_least_fp32, chunked_cross_entropy
 
 
 class KVCache:
     """Keys and values of the tokens seen so far, preallocated for one block.
 
-    Two tensors (n_layer, B, n_head, block_size, head_size) of the model's dtype; `length` tokens
-    of them are filled.
+    Two tensors (n_layer, B, n_head, block_size, head_size) of the model's dtype. Row b of the
+    batch has filled the first `lengths[b]` of the block_size places; what lies behind is garbage.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, *, like: Tensor) -> None:
@@ -29,13 +33,14 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_size)
         self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.values = torch.empty_like(self.keys)
-        self.length = 0
+        self.lengths = [0] * batch_size
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, n_head, T, head_size) of new tokens; return those of all tokens."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
+        start = self.lengths[0]
+        end = start + k.size(2)
+        self.keys[layer, :, :, start:end] = k
+        self.values[layer, :, :, start:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
@@ -97,24 +102,25 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_size)
-        causal = T > 1
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-            if causal and cache.length:
-                raise ValueError("a filled cache is continued one token at a time")
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=causal,  # one token may look at everything before it
-            dropout_p=self.attention_dropout if self.training else 0.0,
-        )
-        y = y.transpose(1, 2).reshape(B, T, C)
+        qkv = self.c_attn(x)  # (B, T, 3 C)
+        dropout = self.attention_dropout if self.training else 0.0
+        if cache is None and dropout == 0.0 and blocked_is_faster(qkv):
+            y = blocked_causal_attention(qkv, self.n_head)
+        else:
+            y = self._fused(qkv, cache, dropout)
         out: Tensor = self.resid_dropout(self.c_proj(y))
         return out
+
+    def _fused(self, qkv: Tensor, cache: KVCache | None, dropout: float) -> Tensor:
+        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+        heads = qkv.view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_size)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+            q = q.to(k.dtype)
+        # a single token may look at everything before it
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
+        return y.transpose(1, 2).reshape(B, T, C)
 
 
 class MLP(nn.Module):
@@ -123,9 +129,11 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
+        self.approximate = config.gelu_approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+        hidden = F.gelu(self.c_fc(x), approximate=self.approximate)  # (B, T, 4 C)
+        out: Tensor = self.dropout(self.c_proj(hidden))
         return out
 
 
@@ -155,7 +163,7 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        start = cache.length if cache is not None else 0
+        start = cache.lengths[0] if cache is not None else 0
         positions = self.wpe.weight[start : start + idx.size(1)]  # (T, C)
         x = self.drop(self.wte(idx) + positions)  # (B, T, C)
         for block in self.h:
@@ -165,9 +173,13 @@ class Transformer(nn.Module):
 
 
 class GPTOutput(NamedTuple):
-    """What `GPT.forward` returns: logits (B, T, vocab_size) and the mean loss in nats, or None."""
+    """What `GPT.forward` returns.
 
-    logits: Tensor
+    Logits are (B, T, vocab_size), None where `loss_chunk` spares them; the loss is the mean in
+    nats, None without targets.
+    """
+
+    logits: Tensor | None
     loss: Tensor | None
 
 
@@ -175,11 +187,17 @@ class GPT(nn.Module):
     """A GPT language model (Radford et al. 2019, in the form of Karpathy's nanoGPT).
 
     Initial weights come from torch's global generator: call `torch.manual_seed` for the same ones.
+
+    Attributes:
+        loss_chunk: above 0, a loss is computed for that many positions at a time and no logits are
+            returned with it, which saves the memory of (B, T, vocab_size) logits and their
+            gradient where the vocabulary is large.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.loss_chunk = 0
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
@@ -199,6 +217,17 @@ class GPT(nn.Module):
         total = sum(parameter.numel() for parameter in self.parameters())
         return total if positions else total - self.transformer.wpe.weight.numel()
 
+    def flops_per_token(self, length: int | None = None) -> int:
+        """Floating-point operations of a training step a token, in windows of `length`.
+
+        6 for each parameter that is multiplied (the head's included, position embeddings not) and
+        12 n_layer n_embd length for attention, as in appendix B of PaLM (arXiv 2204.02311): all of
+        the square of attention, though only its causal half is needed.
+        """
+        config = self.config
+        attention = 12 * config.n_layer * config.n_embd * (length or config.block_size)
+        return 6 * self.num_parameters() + attention
+
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None
     ) -> GPTOutput:
@@ -207,27 +236,49 @@ class GPT(nn.Module):
         Args:
             idx: int64 (B, T) token ids, T at most `block_size` with what the cache holds.
             targets: int64 (B, T); positions of -1 do not count.
-            cache: continue the sequence whose keys and values it holds, and add to it.
+            cache: continue the sequences whose keys and values it holds, and add to them.
 
         Returns:
-            logits (B, T, vocab_size) and the mean cross-entropy in nats (fp32), or None.
+            logits (B, T, vocab_size) and the mean cross-entropy in nats (fp32, or float64 for a
+            float64 model), or None.
 
         Raises:
-            ValueError: for a sequence longer than `block_size`.
+            ValueError: for a sequence longer than `block_size`, for more than one token where the
+                cache is filled already, or for a cache whose rows differ in length.
         """
-        start = cache.length if cache is not None else 0
-        end = start + idx.size(1)
+        T = idx.size(1)
+        end = T
+        if cache is not None:
+            end += max(cache.lengths)
+            if end > T > 1:
+                raise ValueError(f"a filled cache is continued one token at a time, not {T}")
+            if min(cache.lengths) != max(cache.lengths):
+                raise ValueError(
+                    f"the cache's rows have lengths {cache.lengths}; `Decoder` takes them"
+                )
         if end > self.config.block_size:
             raise ValueError(
                 f"the sequence has {end} tokens; block_size allows {self.config.block_size}"
             )
         x = self.transformer(idx, cache)  # (B, T, C)
         if cache is not None:
-            cache.length = end
+            cache.lengths = [length + T for length in cache.lengths]
+        if targets is not None and self.loss_chunk > 0:
+            weight = self.lm_head.weight
+            loss = chunked_cross_entropy(
+                x.flatten(0, 1), weight, targets.flatten(), self.loss_chunk
+            )
+            return GPTOutput(None, loss)
         logits = self.lm_head(x)
         if targets is None:
             return GPTOutput(logits, None)
         loss = F.cross_entropy(
-            logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1
+            at_least_fp32(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORED
         )
         return GPTOutput(logits, loss)
+
+
+def uncompiled(model: GPT) -> GPT:
+    """The model that `torch.compile` wraps, or the model itself."""
+    inner: GPT = getattr(model, "_orig_mod", model)
+    return inner

@@ -18,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 from gpt_core.config import ConfigError
 
 OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("constant", "linear", "cosine", "warmup-stable-decay")
 
 # Jordan's quintic coefficients: the steepest slope at zero that still converges near one.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -150,16 +151,59 @@ def build_optimizer(
     raise ConfigError(f"optimizer is {name!r}; allowed are {', '.join(OPTIMIZERS)}")
 
 
-def learning_rate_at(step: int, *, peak: float, warmup_steps: int = 0) -> float:
-    """The learning rate of optimizer step `step`, counted from 1: linear to `peak`, then `peak`.
+def learning_rate_at(
+    step: int,
+    *,
+    peak: float,
+    warmup_steps: int = 0,
+    schedule: str = "constant",
+    total_steps: int | None = None,
+    decay_steps: int | None = None,
+    floor: float = 0.0,
+) -> float:
+    """The learning rate of optimizer step `step`, counted from 1: linear to `peak`, then on.
 
     Without a warm-up, Adam's first updates are as long as any later one, in directions taken from
     few gradients; a GPT with GPT-2's small initial weights then loses what it has learned, once or
     several times, in its first dozens of steps.
 
+    Args:
+        step: 1, 2, …; steps beyond `total_steps` stay at `floor`.
+        peak: the rate of step `warmup_steps`, the highest.
+        schedule: what follows the warm-up. "constant" stays at `peak`; "linear" and "cosine" (half
+            a period, arXiv 1608.03983) reach `floor` at `total_steps`; "warmup-stable-decay" stays
+            at `peak` and falls linearly over the last `decay_steps` (arXiv 2404.06395).
+        total_steps: the last step; not needed for "constant".
+        decay_steps: of "warmup-stable-decay"; None is a fifth of `total_steps`.
+        floor: the rate of step `total_steps`.
+
     Raises:
-        ConfigError: for a negative `warmup_steps`.
+        ConfigError: for an unknown schedule, or steps or rates that do not fit together.
     """
     if warmup_steps < 0:
         raise ConfigError(f"warmup_steps is {warmup_steps!r}; it must be at least 0")
-    return peak * min(1.0, step / warmup_steps) if warmup_steps else peak
+    if not 0.0 <= floor <= peak:
+        raise ConfigError(f"floor is {floor!r}; it must be at least 0 and at most peak, {peak!r}")
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"schedule is {schedule!r}; allowed are {', '.join(SCHEDULES)}")
+    decay_start = warmup_steps
+    if schedule != "constant":
+        if total_steps is None:
+            raise ConfigError(f"total_steps is None; the schedule {schedule!r} needs it")
+        if schedule == "warmup-stable-decay":
+            decay_start = total_steps - (total_steps // 5 if decay_steps is None else decay_steps)
+        if not warmup_steps <= decay_start <= total_steps or total_steps < 1:
+            raise ConfigError(
+                f"total_steps is {total_steps}; it must leave room for {warmup_steps} steps of "
+                f"warm-up and {total_steps - decay_start} of decay"
+            )
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if schedule == "constant" or total_steps is None or step <= decay_start:
+        return peak
+    if step >= total_steps:
+        return floor
+    left = 1.0 - (step - decay_start) / (total_steps - decay_start)
+    if schedule == "cosine":
+        left = 0.5 * (1.0 - math.cos(math.pi * left))
+    return floor + (peak - floor) * left

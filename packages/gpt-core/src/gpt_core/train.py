@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gpt_core.loss import IGNORED
 from gpt_core.runtime import Runtime
 
 Batch = tuple[Tensor, Tensor]  # x and y, both int64 (B, T)
@@ -45,6 +46,44 @@ class TrainResult:
     seconds: float
 
 
+def _move(batch: Batch, device: torch.device) -> Batch:
+    if device.type != "cuda":
+        return batch[0].to(device), batch[1].to(device)
+    # from pinned memory a copy runs beside the computation
+    x, y = (part.pin_memory().to(device, non_blocking=True) for part in batch)
+    return x, y
+
+
+def _slices(batch: Batch, runtime: Runtime) -> list[Batch]:
+    """The batch in slices of whole rows, as equal as can be, of at most `micro_batch_tokens`."""
+    x, y = batch
+    if runtime.micro_batch_tokens == 0 or x.numel() <= runtime.micro_batch_tokens:
+        return [batch]
+    rows = max(1, runtime.micro_batch_tokens // x[0].numel())
+    parts = math.ceil(len(x) / rows)
+    return list(zip(x.tensor_split(parts), y.tensor_split(parts), strict=True))
+
+
+def _backward(model: nn.Module, batch: Batch, runtime: Runtime) -> Tensor:
+    """Add the gradient of the batch's mean loss; return that loss, a scalar."""
+    slices = _slices(batch, runtime)
+    if len(slices) == 1:
+        with runtime.autocast():
+            loss: Tensor = model(*batch)[1]
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+    counts = [int((y != IGNORED).sum()) for _, y in slices]
+    total = torch.zeros((), device=runtime.device)
+    for (x, y), count in zip(slices, counts, strict=True):
+        if count == 0:
+            continue
+        with runtime.autocast():
+            loss = model(x, y)[1] * (count / sum(counts))
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    return total
+
+
 def train_steps(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -60,9 +99,11 @@ def train_steps(
     """Take `steps` optimizer steps, one a batch.
 
     Args:
-        model: called as `model(x, y)`, returning `(logits, loss)`; on the device of `runtime`
-            (`runtime.prepare(model)` puts it there); left in training mode.
-        batches: at least `steps` pairs of int64 (B, T).
+        model: called as `model(x, y)`, returning `(logits, loss)`, the loss a mean over the targets
+            that are not -1; on the device of `runtime` (`runtime.prepare(model)` puts it there);
+            left in training mode.
+        batches: at least `steps` pairs of int64 (B, T), of which `steps` are taken. Each passes
+            through the model in slices of `runtime.micro_batch_tokens`.
         grad_clip: largest norm of the gradient over all parameters; 0 for no limit.
         learning_rate: of a step, counted from 1; None leaves the optimizer's own.
         on_progress: told of the first step, the last, and one every `progress_seconds` between.
@@ -78,19 +119,20 @@ def train_steps(
     total = since = 0.0
     tokens = news = 0
     iterator = iter(batches)
+    batch = next(iterator, None)
     for step in range(1, steps + 1):
-        batch = next(iterator, None)
         if batch is None:
             raise ValueError(f"the batches ended after {step - 1} of {steps} steps")
-        x, y = (part.to(runtime.device) for part in batch)
-        with runtime.autocast():
-            loss = model(x, y)[1]
+        x, y = _move(batch, runtime.device)
+        loss = _backward(model, (x, y), runtime)
+        # while a GPU still computes, the next batch is drawn; none is drawn that is not used
+        batch = next(iterator, None) if step < steps else None
         value = loss.item()
         if not math.isfinite(value):
+            optimizer.zero_grad(set_to_none=True)
             raise TrainingDiverged(
                 f"the loss is {value} at step {step} of {steps}; a lower learning rate may help"
             )
-        loss.backward()
         if grad_clip > 0:
             nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         if learning_rate is not None:
@@ -113,7 +155,8 @@ def train_steps(
 def evaluate(model: nn.Module, batches: Iterable[Batch], *, runtime: Runtime) -> float:
     """Mean loss in nats a token over all targets of all batches; the model's mode is restored.
 
-    Every target counts once, so the result does not depend on how the windows are batched.
+    Every target that is not -1 counts once, so the result does not depend on how the windows are
+    batched, beyond the rounding of floating-point sums.
 
     Raises:
         ValueError: if there is nothing to evaluate.
@@ -123,13 +166,16 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, runtime: Runtime) ->
     total, count = 0.0, 0
     try:
         for batch in batches:
-            x, y = (part.to(runtime.device) for part in batch)
-            with runtime.autocast():
-                loss = model(x, y)[1]
-            total += loss.item() * y.numel()
-            count += y.numel()
+            for x, y in _slices(_move(batch, runtime.device), runtime):
+                targets = int((y != IGNORED).sum())
+                if targets == 0:
+                    continue
+                with runtime.autocast():
+                    loss = model(x, y)[1]
+                total += loss.item() * targets
+                count += targets
     finally:
         model.train(training)
     if count == 0:
-        raise ValueError("there is no batch to evaluate")
+        raise ValueError("there is no target to evaluate")
     return total / count

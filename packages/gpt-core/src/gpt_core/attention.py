@@ -1,0 +1,97 @@
+"""Causal self-attention for training on a CPU, as blocks of plain matrix products.
+
+PyTorch's flash kernel for CPUs runs far below the speed of its matrix products. Here the queries
+are cut into blocks, each of which meets only the keys up to its own end, so that little more than
+the causal half is computed, all of it by batched matrix products; the backward pass reads the
+probabilities instead of computing them again. It keeps about 2 B H T^2 bytes of them in fp32,
+which is why long sequences stay with the flash kernel.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 64  # queries; the fastest of 32, 64, 128, 256 at T = 256 and head size 64
+LONGEST = 512  # tokens
+
+
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
+
+
+class _BlockedCausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
+        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+        D = C // n_head
+        heads = qkv.view(B, T, 3, n_head, D).permute(2, 0, 3, 1, 4).reshape(3, B * n_head, T, D)
+        q, k, v = heads
+        future = qkv.new_full((BLOCK, BLOCK), -math.inf).triu_(1)
+        y = qkv.new_empty(B, T, n_head, D)
+        rows = y.transpose(1, 2)  # (B, n_head, T, D)
+        kept = []
+        for start, end in _blocks(T):
+            mask = qkv.new_zeros(end - start, end)
+            mask[:, start:] = future[: end - start, : end - start]
+            p = torch.baddbmm(mask, q[:, start:end], k[:, :end].mT, alpha=1 / math.sqrt(D))
+            torch.softmax(p, -1, out=p)  # (B n_head, end - start, end)
+            rows[:, :, start:end] = torch.bmm(p, v[:, :end]).view(B, n_head, -1, D)
+            kept.append(p)
+        ctx.save_for_backward(heads, *kept)
+        ctx.shape = B, T, n_head, D
+        return y.view(B, T, C)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        heads, *kept = ctx.saved_tensors
+        B, T, n_head, D = ctx.shape
+        q, k, v = heads
+        scale = 1 / math.sqrt(D)
+        grad = grad.view(B, T, n_head, D).transpose(1, 2).reshape(B * n_head, T, D)
+        out = grad.new_empty(B, T, 3, n_head, D)
+        dq, dk, dv = out.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, D)
+        # one contiguous pair for each block of keys, filled by its own queries and added to by
+        # all later ones
+        sums: list[tuple[Tensor, Tensor]] = []
+        for (start, end), p in zip(_blocks(T), kept, strict=True):
+            g, queries = grad[:, start:end], q[:, start:end]
+            dp = torch.bmm(g, v[:, :end].mT)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
+            dq[:, :, start:end] = torch.bmm(ds, k[:, :end]).view(B, n_head, -1, D)
+            for (first, last), (key_sum, value_sum) in zip(_blocks(start), sums, strict=True):
+                key_sum.baddbmm_(ds[:, :, first:last].mT, queries)
+                value_sum.baddbmm_(p[:, :, first:last].mT, g)
+            sums.append((torch.bmm(ds[:, :, start:].mT, queries), torch.bmm(p[:, :, start:].mT, g)))
+        for (start, end), (key_sum, value_sum) in zip(_blocks(T), sums, strict=True):
+            dk[:, :, start:end] = key_sum.view(B, n_head, -1, D)
+            dv[:, :, start:end] = value_sum.view(B, n_head, -1, D)
+        return out.view(B, T, 3 * n_head * D), None
+
+
+def blocked_causal_attention(qkv: Tensor, n_head: int) -> Tensor:
+    """Causal attention of contiguous queries, keys and values.
+
+    Args:
+        qkv: (B, T, 3 C), each third n_head heads of C / n_head channels; any floating dtype.
+
+    Returns:
+        (B, T, C), differentiable once.
+    """
+    attended: Tensor = _BlockedCausalAttention.apply(qkv, n_head)  # type: ignore[no-untyped-call]
+    return attended
+
+
+def blocked_is_faster(qkv: Tensor) -> bool:
+    """Whether this input (B, T, 3 C) is one for `blocked_causal_attention`: fp32, CPU, training."""
+    return (
+        qkv.device.type == "cpu"
+        and qkv.dtype in (torch.float32, torch.float64)
+        and qkv.requires_grad
+        and 1 < qkv.size(1) <= LONGEST
+        and not torch.compiler.is_compiling()
+    )
