@@ -1,0 +1,421 @@
+"""gpt-core on this CPU beside the plain model, `transformers` and the machine's own limit.
+
+    nox -s measure                       # everything but the loss curves
+    nox -s measure -- loss --text FILE   # 100 steps of both, about 10 minutes
+
+The shape is nanoGPT's baby GPT: 6 layers, 6 heads, 384 wide, block 256, batch 64, dropout 0.2. The
+sides take turns in one process, and medians are printed. `transformers` is measured where it is
+installed.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import resource
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from plain import PlainGPT
+from torch import Tensor, nn
+
+from gpt_core import (
+    GPT,
+    Decoder,
+    GPTConfig,
+    KVCache,
+    Runtime,
+    build_optimizer,
+    evaluate,
+    from_pretrained,
+    generate,
+    int8_weights,
+    learning_rate_at,
+    save_pretrained,
+    to_hf_gpt2,
+    train_steps,
+)
+
+CONFIG = GPTConfig()
+ROWS = 64
+THEIRS = 240  # tokens after 16, for transformers cannot go past its 256 positions
+Step = Callable[[], object]
+
+
+def seconds(step: Step) -> float:
+    start = perf_counter()
+    step()
+    return perf_counter() - start
+
+
+def take_turns(sides: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Median seconds of each side, after one turn each that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, step in sides.items():
+            spent = seconds(step)
+            if turn:
+                taken[name].append(spent)
+    return {name: median(values) for name, values in taken.items()}
+
+
+def batch(rows: int = ROWS) -> tuple[Tensor, Tensor]:
+    x, y = torch.randint(CONFIG.vocab_size, (2, rows, CONFIG.block_size))
+    return x, y
+
+
+def our_step(x: Tensor, y: Tensor) -> Step:
+    runtime = Runtime.resolve(device="cpu")
+    model = runtime.prepare(GPT(CONFIG))
+    optimizer = build_optimizer(model, learning_rate=1e-3)
+    source = itertools.repeat((x, y))
+    return lambda: train_steps(model, source, optimizer, steps=1, runtime=runtime)
+
+
+def eager_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        loss().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def plain_step(x: Tensor, y: Tensor) -> Step:
+    model = PlainGPT(CONFIG, dropout=0.2)
+    return eager_step(model, lambda: model(x, y)[1])
+
+
+def hugging_face(dropout: float) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    state_dict, config = to_hf_gpt2(GPT(CONFIG))
+    config |= {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+    model = GPT2LMHeadModel(GPT2Config(**config))
+    model.load_state_dict(state_dict)
+    return model
+
+
+def has_transformers() -> bool:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        print("transformers is not installed and is left out")
+        return False
+    return True
+
+
+def products(rows: int) -> Step:
+    """The matrix products of one training step and nothing else: linear layers and head."""
+    C, N = CONFIG.n_embd, rows * CONFIG.block_size
+    shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)] * CONFIG.n_layer
+    precision = Runtime.resolve(device="cpu").precision
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    shapes.append((C, CONFIG.vocab_size))
+    operands = {
+        (i, o): [torch.randn(shape, dtype=dtype) for shape in ((N, i), (o, i), (N, o))]
+        for i, o in set(shapes)
+    }
+
+    def step() -> None:
+        for _ in range(ROWS // rows):
+            for shape in shapes:
+                x, weight, grad = operands[shape]
+                F.linear(x, weight)
+                torch.mm(grad, weight)
+                torch.mm(grad.t(), x)
+
+    return step
+
+
+def training(options: argparse.Namespace) -> None:
+    x, y = batch()
+    runtime = Runtime.resolve(device="cpu")
+    print(f"training step: {runtime}, {torch.get_num_threads()} threads")
+    sides = {
+        "plain, fp32, dropout everywhere": plain_step(x, y),
+        "ours": our_step(x, y),
+        "matrix products alone": products(max(1, runtime.micro_batch_tokens // CONFIG.block_size)),
+    }
+    rows = dict.fromkeys(sides, ROWS)
+    if has_transformers():
+        model = hugging_face(0.2).train()
+        name = "transformers GPT2LMHeadModel, fp32"
+        sides[name] = eager_step(model, lambda: model(x, labels=x).loss)
+        rows[name] = ROWS
+        few = ROWS if runtime.precision == "bf16" else 2  # emulated, it takes minutes
+
+        def in_bf16() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss: Tensor = model(x[:few], labels=x[:few]).loss
+            return loss
+
+        name = f"transformers GPT2LMHeadModel, bf16 autocast ({few} rows)"
+        sides[name], rows[name] = eager_step(model, in_bf16), few
+    found = take_turns(sides, options.rounds)
+    plain = found["plain, fp32, dropout everywhere"]
+    for name, spent in found.items():
+        rate = rows[name] * CONFIG.block_size / spent
+        times = plain * rows[name] / ROWS / spent
+        print(f"  {name:<58} {spent:8.2f} s {rate:9,.0f} tokens/s {times:6.2f}x")
+    share = found["matrix products alone"] / found["ours"]
+    print(f"  share of the limit that matrix products set: {share:.0%}")
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what `getrusage` says may be inherited from the parent
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def memory(options: argparse.Namespace) -> None:
+    if options.side:  # in a process of its own
+        before = peak_mib()
+        x, y = batch()
+        {"plain": plain_step, "ours": our_step}[options.side](x, y)()
+        found = f"{peak_mib():7,.0f} MiB, of which {before:,.0f} MiB before the model"
+        print(f"  {options.side:<6} {found}")
+        return
+    print("peak resident memory of a process that takes one training step:", flush=True)
+    for side in ("plain", "ours"):
+        subprocess.run([sys.executable, __file__, "memory", "--side", side], check=True)
+
+
+PARTS = {
+    "aten::mm": "matrix products of linear layers",
+    "aten::bmm": "attention's products",
+    "aten::baddbmm": "attention's products",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "fused attention",
+    "aten::_softmax": "softmax",
+    "aten::gelu": "GELU",
+    "aten::native_layer_norm": "layer norm",
+    "aten::random": "random numbers",
+    "aten::bernoulli": "random numbers",
+    "aten::copy": "copies",
+    "aten::cat": "copies",
+    "aten::fill": "copies",
+    "aten::_fused_adamw": "optimizer and clipping",
+    "aten::_foreach_addcdiv": "optimizer and clipping",
+    "aten::linalg_vector_norm": "optimizer and clipping",
+    "aten::mul": "products and sums by element",
+    "aten::add": "products and sums by element",
+    "aten::div": "products and sums by element",
+    "aten::sub": "products and sums by element",
+    "aten::masked_fill": "products and sums by element",
+    "aten::ge": "products and sums by element",
+}
+
+
+def profile(options: argparse.Namespace) -> None:
+    x, y = batch()
+    for name, step in (("plain", plain_step(x, y)), ("ours", our_step(x, y))):
+        step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            step()
+        spent: Counter[str] = Counter()
+        for event in found.key_averages():
+            name_of = event.key.removesuffix("_data").removesuffix("_backward").removesuffix("_")
+            spent[PARTS.get(name_of, "the rest")] += event.self_cpu_time_total / 1e6
+        total = sum(spent.values())
+        print(f"profile of one training step, {name}: {total:.2f} s")
+        for part, value in spent.most_common():
+            print(f"  {part:<34} {value:7.3f} s {value / total:6.1%}")
+
+
+def load_text(path: Path | None) -> Tensor:
+    """Ids below 65 of a text: its 64 most frequent characters, and one id for all others."""
+    if path is None:  # a text that is everywhere
+        library = Path(sysconfig.get_paths()["stdlib"])
+        files = sorted(library.glob("*.py"))
+        text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+        text = text[:1_500_000]
+    else:
+        text = path.read_text(encoding="utf-8")
+    frequent = [character for character, _ in Counter(text).most_common(64)]
+    if len(set(text)) == 65:
+        frequent = sorted(set(text))
+    index = {character: i for i, character in enumerate(frequent)}
+    return torch.tensor([index.get(character, 64) for character in text])
+
+
+def windows(ids: Tensor, rows: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    T = CONFIG.block_size
+    while True:
+        starts = torch.randint(len(ids) - T, (rows,), generator=generator)
+        taken = torch.stack([ids[start : start + T + 1] for start in starts])
+        yield taken[:, :-1], taken[:, 1:]
+
+
+class Tuple(nn.Module):
+    """A model of which `train_steps` and `evaluate` see the loss."""
+
+    def __init__(self, model: PlainGPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits, loss = self.model(x, y)
+        assert loss is not None
+        return logits, loss
+
+
+def same_weights(plain: PlainGPT, model: GPT) -> None:
+    given = model.state_dict()
+    own = {}
+    for name in plain.state_dict():
+        if name.endswith("mask"):
+            continue
+        source = name.replace("blocks.", "transformer.h.")
+        source = source.replace(".mlp.0.", ".mlp.c_fc.").replace(".mlp.2.", ".mlp.c_proj.")
+        for part in ("c_attn", "c_proj"):
+            if f".{part}." in source and ".mlp." not in source:
+                source = source.replace(f".{part}.", f".attn.{part}.")
+        own[name] = given[source if source.startswith("transformer.") else f"transformer.{source}"]
+    missing = plain.load_state_dict(own, strict=False)
+    assert all(name.endswith("mask") for name in missing.missing_keys)
+
+
+def loss(options: argparse.Namespace) -> None:
+    ids = load_text(options.text)
+    train, val = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
+    fixed = list(itertools.islice(windows(val, 16, seed=1), 4))
+    exact = Runtime.resolve(device="cpu", precision="fp32", micro_batch_tokens=0)
+    torch.manual_seed(0)
+    model = GPT(CONFIG)
+    plain = PlainGPT(CONFIG, dropout=0.2)
+    same_weights(plain, model)
+    sides: dict[str, tuple[nn.Module, Runtime]] = {
+        "plain": (Tuple(plain), exact),
+        "ours": (model, Runtime.resolve(device="cpu")),
+    }
+    curves = {}
+    print("step, training loss of the last ten steps, validation loss")
+    for name, (side, runtime) in sides.items():
+        torch.manual_seed(0)
+        optimizer = build_optimizer(side, "adamw", learning_rate=1e-3)
+        source = windows(train, options.rows, seed=0)
+        curve = []
+        for start in range(0, options.steps, 10):
+            taken = train_steps(
+                side,
+                source,
+                optimizer,
+                steps=10,
+                runtime=runtime,
+                learning_rate=lambda step, done=start: learning_rate_at(
+                    done + step, peak=1e-3, warmup_steps=20
+                ),
+            )
+            train_loss, val_loss = taken.loss, evaluate(side, fixed, runtime=exact)
+            curve.append((train_loss, val_loss))
+            print(f"  {name} {start + 10:4}  {train_loss:.4f}  {val_loss:.4f}", flush=True)
+        curves[name] = curve
+    for i, what in enumerate(("training", "validation")):
+        difference = curves["ours"][-1][i] - curves["plain"][-1][i]
+        print(f"final {what} loss, ours minus plain: {difference:+.4f}")
+    if options.save:
+        save_pretrained(model, options.save)
+
+
+def through_the_cache(model: GPT, x: Tensor, y: Tensor) -> float:
+    """Perplexity of windows (B, T), written one token after the other as in generation."""
+    total = 0.0
+    with torch.inference_mode():
+        cache = KVCache(model.config, len(x), like=model.transformer.wte.weight)
+        decoder = Decoder(model, cache)
+        for t in range(x.size(1)):
+            total += F.cross_entropy(decoder(x[:, t]).float(), y[:, t]).item()
+    return math.exp(total / x.size(1))
+
+
+def generation(options: argparse.Namespace) -> None:
+    model = from_pretrained(options.model) if options.model else GPT(CONFIG).eval()
+    plain = PlainGPT(model.config, dropout=0.0).eval()
+    same_weights(plain, model)
+    quantized = int8_weights(model)
+    prompt = torch.zeros(1, 16, dtype=torch.int64)
+    for count, rounds in ((256, options.rounds + 2), (2000, 1)):
+        sides: dict[str, Step] = {
+            "recomputing the window for each token": lambda n=count: plain.generate(prompt, n),
+            "ours, fp32": lambda n=count: generate(model, prompt, n),
+            "ours, int8 weights": lambda n=count: generate(quantized, prompt, n),
+        }
+        if count == 256 and has_transformers():
+            from transformers import GPT2Config, GPT2LMHeadModel
+
+            state_dict, config = to_hf_gpt2(model)
+            theirs = GPT2LMHeadModel(GPT2Config(**config)).eval()
+            theirs.load_state_dict(state_dict)
+            sides[f"transformers generate with its cache ({THEIRS} tokens)"] = partial(
+                theirs.generate,
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=THEIRS,
+                pad_token_id=0,
+            )
+        found = take_turns(sides, rounds)
+        plain_each = found["recomputing the window for each token"] / count
+        print(f"{count:,} tokens after 16, batch 1, {torch.get_num_threads()} threads:")
+        for name, spent in found.items():
+            each = spent / (THEIRS if name.startswith("transformers") else count)
+            times = plain_each / each
+            print(f"  {name:<52} {spent:8.2f} s {each * 1e3:7.2f} ms a token {times:6.1f}x")
+    if options.text and options.model:
+        ids = load_text(options.text)
+        x, y = next(windows(ids[len(ids) * 9 // 10 :], 16, seed=2))
+        exact, rounded = (through_the_cache(m, x, y) for m in (model, quantized))
+        change = f"{rounded / exact - 1:+.2%}"
+        print(
+            f"perplexity of {x.numel():,} tokens: fp32 {exact:.4f}, int8 {rounded:.4f} ({change})"
+        )
+
+
+JOBS = {
+    "training": training,
+    "memory": memory,
+    "profile": profile,
+    "generation": generation,
+    "loss": loss,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("jobs", nargs="*", choices=[*JOBS, []], help="all but loss by default")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the median is taken")
+    parser.add_argument("--steps", type=int, default=100, help="of loss")
+    parser.add_argument("--rows", type=int, default=16, help="batch size of loss")
+    parser.add_argument("--text", type=Path, help="of loss; Python's own library by default")
+    parser.add_argument("--save", type=Path, help="where loss leaves our model")
+    parser.add_argument("--model", type=Path, help="a saved model, whose perplexity is compared")
+    parser.add_argument("--side", choices=["plain", "ours"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if os.environ.get("OMP_NUM_THREADS") is None:
+        print(f"threads: {torch.get_num_threads()} (OMP_NUM_THREADS sets them)", flush=True)
+    for job in options.jobs or [name for name in JOBS if name != "loss"]:
+        torch.manual_seed(0)
+        JOBS[job](options)
+
+
+if __name__ == "__main__":
+    main()
