@@ -45,6 +45,13 @@ def tests(session: nox.Session, package: str) -> None:
 
 
 @nox.session
+def parity(session: nox.Session) -> None:
+    """Compare gpt-core with Hugging Face transformers; arguments go to pytest."""
+    install(session, "packages/gpt-core[parity]")
+    session.run("pytest", "packages/gpt-core/parity", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting with ruff."""
     install(session, "ruff")
@@ -85,6 +92,13 @@ def bench(session: nox.Session) -> None:
     header = ("package", "what", "ours", "reference", "ratio", "ours a second", "reference is")
     print_table([header, *rows])
     session.log("the full figures are in %s", kept)
+
+
+@nox.session
+def measure(session: nox.Session) -> None:
+    """Measure gpt-core on this CPU: [training|memory|profile|generation|loss ...]."""
+    install(session, "packages/gpt-core[parity]")
+    session.run("python", "packages/gpt-core/benchmarks/cpu.py", *session.posargs)
 
 
 def read_benchmarks(results: Path) -> list[dict]:

@@ -3,10 +3,19 @@
 import itertools
 from collections.abc import Callable
 
+import pytest
 import torch
 from plain import PlainGPT
 
-from gpt_core import GPT, GPTConfig, Runtime, build_optimizer, generate, train_steps
+from gpt_core import (
+    GPT,
+    GPTConfig,
+    Runtime,
+    build_optimizer,
+    generate,
+    int8_weights,
+    train_steps,
+)
 
 CONFIG = GPTConfig()
 
@@ -37,13 +46,16 @@ def test_training_step(compare: Callable[..., None]) -> None:
     )
 
 
-def test_generation_of_256_tokens(compare: Callable[..., None]) -> None:
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_generation_of_256_tokens(compare: Callable[..., None], weights: str) -> None:
     prompt = torch.zeros(1, 16, dtype=torch.int64)
     ours, plain = GPT(CONFIG).eval(), PlainGPT(CONFIG, dropout=0.2).eval()
+    if weights == "int8":
+        ours = int8_weights(ours)
     compare(
         lambda: generate(ours, prompt, 256),
         lambda: plain.generate(prompt, 256),
-        reference_name="recomputing the window for each token",
+        reference_name="recomputing the window for each token, fp32",
         amount=256,
         unit="tokens",
     )

@@ -49,7 +49,8 @@ class _Sampler:
         # the first of independent exponential clocks with these rates rings for each token with
         # its (not yet normalised) probability; a third of the time of torch.multinomial
         clocks = torch.empty_like(probabilities).exponential_(generator=self.generator)
-        return (probabilities / clocks).argmax(-1)
+        smallest_clock = torch.finfo(clocks.dtype).tiny  # 0 / 0 would win
+        return (probabilities / clocks.clamp_(min=smallest_clock)).argmax(-1)
 
 
 class _Stops:
@@ -87,15 +88,13 @@ class _Stops:
 class _Rows:
     """The tokens of a batch, each row at its own length, and the cache of what was computed."""
 
-    def __init__(self, model: GPT, prompts: list[Tensor], room: int, window: str) -> None:
+    def __init__(self, model: GPT, prompts: list[Tensor], window: str) -> None:
         self.model = model
         self.exact = window == "exact"
         self.block_size = model.config.block_size
         device = model.transformer.wte.weight.device
         self.lengths = [len(prompt) for prompt in prompts]
-        self.ids = torch.zeros(
-            len(prompts), max(self.lengths) + room, dtype=torch.int64, device=device
-        )
+        self.ids = torch.zeros(len(prompts), max(self.lengths), dtype=torch.int64, device=device)
         for row, prompt in enumerate(prompts):
             self.ids[row, : len(prompt)] = prompt
         self.cache = KVCache(model.config, len(prompts), like=model.transformer.wte.weight)
@@ -136,21 +135,21 @@ class _Rows:
         )
         fresh.lengths = [0] * len(rows)
         # what a shorter row holds behind its end is never looked at: causal now, masked later
-        logits = self.model(idx, cache=fresh).logits
-        if everything:
-            fresh.lengths = lengths
-        else:
+        x = self.model.transformer(idx, fresh)  # (len(rows), T, C)
+        if not everything:
             filled = slice(max(lengths))
             self.cache.keys[:, rows, :, filled] = fresh.keys[:, :, :, filled]
             self.cache.values[:, rows, :, filled] = fresh.values[:, :, :, filled]
-            for row, length in zip(rows, lengths, strict=True):
-                self.cache.lengths[row] = length
+        for row, length in zip(rows, lengths, strict=True):
+            self.cache.lengths[row] = length
         last = torch.tensor(lengths, device=idx.device) - 1
-        chosen: Tensor = logits[torch.arange(len(rows), device=idx.device), last]
-        return chosen
+        logits: Tensor = self.model.lm_head(x[torch.arange(len(rows), device=idx.device), last])
+        return logits
 
     def append(self, tokens: Tensor) -> None:
         """Write one token a row, int64 (B,)."""
+        if max(self.lengths) == self.ids.size(1):
+            self.ids = torch.cat((self.ids, torch.zeros_like(self.ids)), dim=1)
         if min(self.lengths) == max(self.lengths):
             self.ids[:, self.lengths[0]] = tokens
         else:
@@ -221,7 +220,7 @@ def stream(
     if seed is not None:
         generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
     sampler = _Sampler(temperature, top_k, top_p, min_p, generator)
-    return _stream(_Rows(model, prompts, max_new_tokens, window), max_new_tokens, sampler, stops)
+    return _stream(_Rows(model, prompts, window), max_new_tokens, sampler, stops)
 
 
 def _checked(model: GPT, prompt: Prompts) -> list[Tensor]:
