@@ -11,7 +11,6 @@ installed.
 import argparse
 import itertools
 import math
-import os
 import resource
 import subprocess
 import sys
@@ -410,8 +409,6 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a saved model, whose perplexity is compared")
     parser.add_argument("--side", choices=["plain", "ours"], help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if os.environ.get("OMP_NUM_THREADS") is None:
-        print(f"threads: {torch.get_num_threads()} (OMP_NUM_THREADS sets them)", flush=True)
     for job in options.jobs or [name for name in JOBS if name != "loss"]:
         torch.manual_seed(0)
         JOBS[job](options)
