@@ -39,7 +39,8 @@ def test_a_choice_is_kept_and_needs_no_reason() -> None:
         ({"precision": "fp8"}, "precision is 'fp8'; allowed are auto, fp32, bf16"),
         ({"compile": "yes"}, "compile is 'yes'; allowed are auto, on, off"),
         ({"micro_batch_tokens": -1}, "micro_batch_tokens is -1"),
-        ({"threads": 0}, "threads is 0"),
+        ({"micro_batch_tokens": 2.5}, "micro_batch_tokens is 2.5; it must be a whole number"),
+        ({"threads": 0}, "threads is 0; it must be a whole number of at least 1"),
     ],
 )
 def test_an_unknown_choice_is_named(choice: dict[str, str], named: str) -> None:

@@ -109,10 +109,15 @@ class Runtime:
         if compile == "auto":
             reasons.append("compile off: compiling takes longer than a short run gains")
 
-        for name, value in (("micro_batch_tokens", micro_batch_tokens), ("threads", threads)):
-            if value is not None and (isinstance(value, bool) or value < (name == "threads")):
-                least = 1 if name == "threads" else 0
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number >= {least}")
+        for name, value, least in (
+            ("micro_batch_tokens", micro_batch_tokens, 0),
+            ("threads", threads, 1),
+        ):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and (not whole or value < least):
+                raise ConfigError(
+                    f"{name} is {value!r}; it must be a whole number of at least {least}"
+                )
         if micro_batch_tokens is None:
             sliced = resolved.type == "cpu" and not compiled
             micro_batch_tokens = _CACHED_TOKENS if sliced else 0
