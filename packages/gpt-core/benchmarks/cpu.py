@@ -400,7 +400,9 @@ JOBS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("jobs", nargs="*", choices=[*JOBS, []], help="all but loss by default")
+    parser.add_argument(
+        "jobs", nargs="*", metavar="job", help=f"of {', '.join(JOBS)}; all but loss by default"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is taken")
     parser.add_argument("--steps", type=int, default=100, help="of loss")
     parser.add_argument("--rows", type=int, default=16, help="batch size of loss")
@@ -409,6 +411,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a saved model, whose perplexity is compared")
     parser.add_argument("--side", choices=["plain", "ours"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    unknown = sorted({*options.jobs} - {*JOBS})
+    if unknown:
+        parser.error(f"unknown job {unknown[0]}; there are {', '.join(JOBS)}")
     for job in options.jobs or [name for name in JOBS if name != "loss"]:
         torch.manual_seed(0)
         JOBS[job](options)

@@ -95,7 +95,7 @@ def main() -> None:
     if device.type != "cuda" and not options.dry_run:
         parser.error(f"the device is {device}; --dry-run tries every path without a GPU")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    peak_flops = next((PEAK[key] for key in PEAK if key in name.split()), None)
+    peak_flops = next((PEAK[key] for key in PEAK if key in name.replace("-", " ").split()), None)
     print(f"{name}, torch {torch.__version__}")
     print(f"{'model':<12} {'path':<22} {'ms/step':>9} {'tokens/s':>12} {'MFU':>6} {'GiB':>6}")
     for label, (config, rows) in MODELS.items():

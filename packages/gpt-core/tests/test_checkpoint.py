@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpt_core import GPT, CheckpointError, from_pretrained, save_pretrained
+from gpt_core import GPT, CheckpointError, from_pretrained, save_pretrained, to_hf_gpt2
 
 
 def test_a_saved_model_comes_back_bit_for_bit(model: GPT, tmp_path: Path) -> None:
@@ -73,6 +73,30 @@ def test_each_tensor_that_does_not_fit_is_named(model: GPT, tmp_path: Path) -> N
     assert "transformer.wpe.weight has shape (4, 16) instead of (8, 16)" in message
     assert "transformer.ln_f.weight is missing" in message
     assert "extra is not part of the model" in message
+
+
+def test_a_head_of_its_own_is_not_lost_silently(model: GPT, tmp_path: Path) -> None:
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(11, 16))
+    for write in (lambda: save_pretrained(model, tmp_path), lambda: to_hf_gpt2(model)):
+        with pytest.raises(CheckpointError, match=r"lm_head.weight differs from transformer.wte"):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_of_unlike_dtypes_are_named(model: GPT, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for dtype, named in (
+        (
+            torch.float64,
+            "transformer.ln_f.weight is torch.float64, transformer.wte.weight torch.fl",
+        ),
+        (torch.int32, "transformer.ln_f.weight is torch.int32; allowed are torch.float32"),
+    ):
+        changed = tensors | {"transformer.ln_f.weight": torch.ones(16, dtype=dtype)}
+        save_file(changed, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=named):
+            from_pretrained(tmp_path)
 
 
 def test_broken_files_are_named(model: GPT, tmp_path: Path) -> None:

@@ -144,9 +144,10 @@ def test_draws_follow_the_softmax_at_the_temperature(model: GPT) -> None:
     torch.testing.assert_close(frequency, expected, atol=0.015, rtol=0)
 
 
-def test_a_tiny_temperature_takes_the_likeliest(model: GPT) -> None:
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-46])
+def test_a_tiny_temperature_takes_the_likeliest(model: GPT, temperature: float) -> None:
     prompt = torch.zeros(1, 1, dtype=torch.int64)
-    cold = generate(model, prompt, 7, temperature=1e-40, seed=0)
+    cold = generate(model, prompt, 7, temperature=temperature, seed=0)
     assert torch.equal(cold, generate(model, prompt, 7, temperature=0.0))
 
 
@@ -214,6 +215,7 @@ COUNTING = {i: (i + 1) % 11 for i in range(11)}
     ("stop", "length"),
     [
         ([6], 3),
+        (6, 3),
         ([[5, 6]], 3),
         ([[6, 5], 9], 6),
         ([[3, 4]], 12),  # not the 3 of the prompt, but that of eleven tokens on
@@ -290,6 +292,7 @@ def test_streamed_tokens_are_the_generated_ones(model: GPT) -> None:
         ({"prompt": torch.zeros(3, dtype=torch.int64)}, r"shape \(3,\); \(B, T\) with T >= 1"),
         ({"prompt": torch.zeros(0, 3, dtype=torch.int64)}, "there is no prompt"),
         ({"prompt": []}, "there is no prompt"),
+        ({"prompt": [[1, 2]]}, "prompt 0 is a list; a tensor of ids is needed"),
         ({"prompt": torch.zeros(1, 3)}, "prompt 0 is torch.float32; ids are whole numbers"),
         ({"prompt": torch.tensor([[1], [11]])}, "prompt 1 holds the id 11; the vocabulary has 0"),
         (

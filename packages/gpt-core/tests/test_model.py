@@ -89,6 +89,14 @@ def test_gradients_are_those_of_finite_differences(gelu: str, loss_chunk: int) -
     assert torch.autograd.gradcheck(loss, values, eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
+@pytest.mark.parametrize("loss_chunk", [0, 3])
+def test_a_second_derivative_is_refused_and_not_wrong(model: GPT, loss_chunk: int) -> None:
+    model.loss_chunk = loss_chunk
+    idx = torch.randint(11, (2, 8))
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(model(idx, idx).loss, list(model.parameters()), create_graph=True)
+
+
 def test_flops_are_those_of_palms_formula() -> None:
     model = GPT(GPTConfig(50304, 1024, 12, 12, 768))
     assert model.flops_per_token() == 6 * model.num_parameters() + 12 * 12 * 768 * 1024
@@ -125,6 +133,12 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(p: float) -> None:
     deviation = math.sqrt(p * (1 - p) / x.numel())
     assert (y == 0).double().mean().item() == pytest.approx(p, abs=5 * deviation + 1e-5)
     assert y[y != 0].unique().item() == pytest.approx(1 / (1 - p), rel=1e-4)
+
+
+def test_a_rate_near_one_keeps_one_in_65536() -> None:
+    torch.manual_seed(3)
+    y = Dropout(0.999999)(torch.ones(4_000_000))
+    assert 0 < (y != 0).sum() < 200
 
 
 def test_dropout_neighbours_are_independent() -> None:

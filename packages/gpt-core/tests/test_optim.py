@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -93,6 +94,19 @@ def test_muon_takes_the_hidden_matrices_and_splits_the_fused_one(model: GPT) -> 
             assert singular.max() < 1.3, name
 
 
+def test_a_copied_muon_steps_as_the_original() -> None:
+    torch.manual_seed(4)
+    weight = nn.Parameter(torch.randn(12, 4))
+    original = Muon([weight], [], lr=0.1, parts=lambda _: 3, dtype=torch.float64)
+    copies = [copy.deepcopy(original), pickle.loads(pickle.dumps(original))]
+    gradient = torch.randn(12, 4)
+    for optimizer in (original, *copies):
+        (parameter,) = (p for group in optimizer.param_groups for p in group["params"])
+        parameter.grad = gradient
+        optimizer.step()
+        assert torch.equal(parameter, weight)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_restored_state_continues_bit_for_bit(model: GPT, name: str) -> None:
     batches = [torch.randint(11, (2, 4, 8)) for _ in range(6)]
@@ -168,11 +182,13 @@ def test_the_learning_rate_is_stable_before_it_decays() -> None:
         ),
         ({"floor": 2.0}, "floor is 2.0; it must be at least 0 and at most peak, 1.0"),
         ({"floor": -0.1}, "floor is -0.1"),
+        ({"peak": float("inf")}, "peak is inf; it must be above 0 and finite"),
+        ({"step": 0}, "step is 0; steps count from 1"),
     ],
 )
 def test_a_schedule_that_cannot_work_is_named(settings: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        learning_rate_at(1, peak=1.0, **settings)
+        learning_rate_at(**{"step": 1, "peak": 1.0, **settings})
 
 
 def test_an_unknown_optimizer_is_named(model: GPT) -> None:

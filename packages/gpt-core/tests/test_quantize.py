@@ -2,7 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from gpt_core import GPT, CheckpointError, GPTConfig, generate, int8_weights, save_pretrained
+from gpt_core import (
+    GPT,
+    CheckpointError,
+    GPTConfig,
+    generate,
+    int8_weights,
+    save_pretrained,
+    to_hf_gpt2,
+    to_nanogpt_checkpoint,
+)
 from gpt_core.quantize import KERNEL_ROWS, Int8Linear
 
 
@@ -66,6 +75,28 @@ def test_many_rows_are_written_as_the_weights_turned_back_would(model: GPT) -> N
     prompt = torch.randint(11, (KERNEL_ROWS + 1, 3))
     written = generate(quantized, prompt, 20, temperature=0.0)
     assert torch.equal(written, generate(restored, prompt, 20, temperature=0.0))
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 30, 33, 36, 40, 50, 64, 100])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_every_width_is_multiplied(width: int, rows: int) -> None:
+    torch.manual_seed(3)
+    linear, x = nn.Linear(width, 5), torch.randn(rows, width)
+    layer = Int8Linear(linear)
+    expected = nn.functional.linear(x, layer.weight * layer.scale.float()[:, None], linear.bias)
+    torch.testing.assert_close(layer(x).float(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_dtype_writes_with_int8_weights(dtype: torch.dtype) -> None:
+    model = GPT(GPTConfig(11, 8, 2, 2, 32, bias=True)).to(dtype)
+    assert generate(int8_weights(model), torch.tensor([[1], [2]]), 12, seed=0).shape == (2, 13)
+
+
+@pytest.mark.parametrize("export", [to_hf_gpt2, lambda m: to_nanogpt_checkpoint(m, "never.pt")])
+def test_a_quantized_model_is_not_exported_as_another(model: GPT, export) -> None:
+    with pytest.raises(CheckpointError, match=r"c_attn\.scale is not part of the model"):
+        export(int8_weights(model))
 
 
 def test_a_quantized_model_is_not_saved_as_another(model: GPT, tmp_path) -> None:

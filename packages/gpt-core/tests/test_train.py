@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -93,6 +94,36 @@ def test_a_loss_that_is_no_number_ends_the_training(model: GPT, cpu: Runtime) ->
     assert all(p.grad is None for p in model.parameters())
     after = [p for p in model.parameters() if p is not model.lm_head.weight]
     assert all(torch.equal(one, other) for one, other in zip(others, after, strict=True))
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_a_gradient_that_is_no_number_ends_the_training(
+    model: GPT, cpu: Runtime, grad_clip: float
+) -> None:
+    model.transformer.wpe.weight.register_hook(lambda grad: grad * math.inf)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, learning_rate=0.01)
+    with pytest.raises(TrainingDiverged, match=r"norm (nan|inf) at step 1 of 3"):
+        train_steps(model, batches(3), optimizer, steps=3, runtime=cpu, grad_clip=grad_clip)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("tokens", [0, 8])
+def test_a_batch_that_cannot_be_trained_on_says_why(model: GPT, tokens: int) -> None:
+    runtime = Runtime.resolve(device="cpu", precision="fp32", micro_batch_tokens=tokens)
+    optimizer = build_optimizer(model, learning_rate=0.01)
+    x, y = batches(1)[0]
+    nothing = [(x, torch.full_like(y, -1))]
+    with pytest.raises(ValueError, match="no target counts at step 1 of 1: all are -1"):
+        train_steps(model, nothing, optimizer, steps=1, runtime=runtime)
+    for use in (
+        lambda: train_steps(model, [(x, y[:3])], optimizer, steps=1, runtime=runtime),
+        lambda: evaluate(model, [(x, y[:3])], runtime=runtime),
+    ):
+        with pytest.raises(ValueError, match="x has 4 rows and y 3"):
+            use()
+    with pytest.raises(ValueError, match="grad_clip is -1"):
+        train_steps(model, [(x, y)], optimizer, steps=1, runtime=runtime, grad_clip=-1)
 
 
 def test_too_few_batches_are_an_error(model: GPT, cpu: Runtime) -> None:

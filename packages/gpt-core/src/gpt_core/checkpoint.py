@@ -15,6 +15,7 @@ from gpt_core.model import GPT, uncompiled
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TIED = "lm_head.weight"  # the same tensor as transformer.wte.weight, stored once
 
 
@@ -33,14 +34,7 @@ def save_pretrained(model: GPT, directory: str | Path) -> None:
     """
     directory = Path(directory)
     model = uncompiled(model)
-    tensors = {
-        name: tensor.detach().to("cpu").contiguous()
-        for name, tensor in model.state_dict().items()
-        if name != TIED
-    }
-    wrong = misfits(model.config, tensors)
-    if wrong:
-        raise CheckpointError(f"the model is not that of its configuration: {'; '.join(wrong)}")
+    tensors = {name: t.to("cpu").contiguous() for name, t in weights_of(model).items()}
     settings = json.dumps(model.config.to_dict(), indent=2) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -76,6 +70,29 @@ def from_pretrained(directory: str | Path) -> GPT:
     return assemble(config, tensors)
 
 
+def weights_of(model: GPT) -> dict[str, Tensor]:
+    """The model's tensors under their names, tied ones once, sharing its memory.
+
+    Raises:
+        CheckpointError: for a model that is no longer the one of its configuration.
+    """
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    head = tensors.pop(TIED, None)
+    wrong = misfits(model.config, tensors)
+    if not wrong and head is not None and not same(head, tensors["transformer.wte.weight"]):
+        wrong = [f"{TIED} differs from transformer.wte.weight"]
+    if wrong:
+        raise CheckpointError(f"the model is not that of its configuration: {'; '.join(wrong)}")
+    return tensors
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, or equal, a NaN being equal to a NaN."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
 def _empty(config: GPTConfig) -> GPT:
     """The model without memory for its weights, and without a draw from any generator."""
     with torch.device("meta"):
@@ -95,8 +112,16 @@ def misfits(config: GPTConfig, tensors: Mapping[str, Tensor]) -> list[str]:
         tensor = tensors[name]
         if tensor.shape != shape:
             wrong.append(f"{name} has shape {tuple(tensor.shape)} instead of {tuple(shape)}")
-        elif not tensor.is_floating_point():
-            wrong.append(f"{name} is {tensor.dtype} instead of a floating-point dtype")
+        elif tensor.dtype not in DTYPES:
+            wrong.append(f"{name} is {tensor.dtype}; allowed are {', '.join(map(str, DTYPES))}")
+    dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
+    if not wrong and len(dtypes) > 1:
+        main = tensors["transformer.wte.weight"].dtype
+        wrong += [
+            f"{name} is {tensor.dtype}, transformer.wte.weight {main}"
+            for name, tensor in tensors.items()
+            if tensor.dtype != main
+        ]
     return wrong
 
 

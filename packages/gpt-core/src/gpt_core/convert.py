@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpt_core.checkpoint import TIED, CheckpointError, assemble, misfits
+from gpt_core.checkpoint import TIED, CheckpointError, assemble, misfits, same, weights_of
 from gpt_core.config import ConfigError, GPTConfig
 from gpt_core.model import GPT, uncompiled
 
@@ -64,12 +64,18 @@ def from_hf_gpt2(
     """
     tensors: Mapping[str, Tensor]
     if isinstance(source, nn.Module):
-        tensors, config = source.state_dict(), source.config if config is None else config
+        tensors = source.state_dict()
+        config = getattr(source, "config", None) if config is None else config
     else:
         tensors = source
     if config is None:
         raise CheckpointError(
             "a state dict needs `config`, its GPT2Config or the content of its config.json"
+        )
+    if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
+        raise CheckpointError(
+            f"config is a {type(config).__name__}; a GPT2Config or the content of a config.json "
+            "is needed"
         )
     settings = dict(config if isinstance(config, Mapping) else config.to_dict())
     shape = _from_hf_config(settings, dropout)
@@ -90,12 +96,15 @@ def to_hf_gpt2(model: GPT) -> HFGPT2:
     """State dict and configuration of the same model for `transformers`; biases it lacks are 0.
 
     The tensors are copies.
+
+    Raises:
+        CheckpointError: for a model that is no longer the one of its configuration (int8 weights).
     """
     model = uncompiled(model)
     shape = model.config
     own = {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in model.state_dict().items()
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in weights_of(model).items()
     }
     for name in list(own):
         if name.endswith(_TRANSPOSED):
@@ -156,6 +165,9 @@ def from_nanogpt_checkpoint(path: str | Path) -> GPT:
         )
     except ConfigError as error:
         raise CheckpointError(f"{path}: model_args: {error}") from error
+    for key, tensor in found["model"].items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: {key!r} in model is no tensor under a name")
     tensors = {_stripped(key): tensor for key, tensor in found["model"].items()}
     own = {name: t for name, t in tensors.items() if not name.endswith(_CAUSAL_MASKS)}
     return _tied(str(path), shape, own)
@@ -167,19 +179,20 @@ def to_nanogpt_checkpoint(model: GPT, path: str | Path) -> None:
     nanoGPT has one dropout; the file holds the model's `dropout`.
 
     Raises:
-        CheckpointError: for GELU's approximation by tanh, which nanoGPT does not have, or a place
-            that cannot be written.
+        CheckpointError: for GELU's approximation by tanh, which nanoGPT does not have, a model that
+            is no longer the one of its configuration, or a place that cannot be written.
     """
     path, model = Path(path), uncompiled(model)
     shape = model.config
     if shape.gelu_approximate != "none":
         raise CheckpointError("gelu_approximate is 'tanh'; nanoGPT has only the exact GELU, 'none'")
+    tensors = {name: tensor.cpu() for name, tensor in weights_of(model).items()}
     arguments = {
         name: getattr(shape, name)
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     }
     content = {
-        "model": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        "model": {**tensors, TIED: tensors["transformer.wte.weight"]},
         "model_args": arguments,
         "iter_num": 0,
         "best_val_loss": 1e9,
@@ -206,7 +219,7 @@ def _tied(source: str, shape: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
     wrong = misfits(shape, tensors)
     if wrong:
         raise CheckpointError(f"{source} does not fit: {'; '.join(wrong)}")
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
+    if head is not None and embedding is not None and not same(head, embedding):
         raise CheckpointError(
             f"{source} does not fit: {TIED} differs from transformer.wte.weight; "
             "this model has one matrix for both"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt_core.model import GPT, Block, KVCache
-from gpt_core.quantize import KERNEL_ROWS, Int8Linear
+from gpt_core.quantize import Int8Linear
 
 Function = Callable[[Tensor], Tensor]
 
@@ -27,7 +27,11 @@ def _function(module: nn.Module, rows: int) -> Function:
             bias=module.bias,
             eps=module.eps,
         )
-    if type(module) is Int8Linear and rows <= KERNEL_ROWS and module.weight.device.type == "cpu":
+    if (
+        type(module) is Int8Linear
+        and rows <= module.kernel_rows
+        and module.weight.device.type == "cpu"
+    ):
         return module.few_rows
     return module
 

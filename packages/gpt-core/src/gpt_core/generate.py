@@ -29,7 +29,7 @@ class _Sampler:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """int64 (B,) from logits (B, vocab_size)."""
-        if self.temperature == 0.0:
+        if self.temperature < torch.finfo(torch.float32).tiny:  # 0, or 0 in fp32
             return logits.argmax(-1)
         logits = logits.float()
         # the likeliest at zero, so that a tiny temperature divides nothing into infinity
@@ -57,11 +57,11 @@ class _Stops:
     """Whether the tokens written so far end with one of the sequences or strings that stop."""
 
     def __init__(self, stop: Sequence[Stop], decode: Callable[[list[int]], str] | None) -> None:
-        if isinstance(stop, str):
+        if isinstance(stop, str | int):
             stop = [stop]
         self.strings = [item for item in stop if isinstance(item, str)]
         self.sequences = [
-            [item] if isinstance(item, int) else list(item)
+            [int(i) for i in item] if isinstance(item, Sequence) else [int(item)]
             for item in stop
             if not isinstance(item, str)
         ]
@@ -191,7 +191,7 @@ def stream(
             (arXiv 2407.01082).
         stop: ids, sequences of ids, or strings, after which a row ends; what stopped it is the
             last of what is written. Prompts are not searched.
-        decode: ids to text; strings in `stop` need it.
+        decode: ids to text, at least one byte an id; strings in `stop` need it.
         seed: of the draws; None uses torch's global generator.
         window: what happens where `block_size` tokens are full. "shift" passes the newest half
             through again and goes on from there, so that the cost of a token stays flat. "exact"
@@ -230,6 +230,9 @@ def _checked(model: GPT, prompt: Prompts) -> list[Tensor]:
             "or a list of prompts (T,)"
         )
     prompts = list(prompt)
+    for row, one in enumerate(prompts):
+        if not isinstance(one, Tensor):
+            raise ValueError(f"prompt {row} is a {type(one).__name__}; a tensor of ids is needed")
     if not prompts:
         raise ValueError("there is no prompt")
     for row, one in enumerate(prompts):
@@ -237,6 +240,7 @@ def _checked(model: GPT, prompt: Prompts) -> list[Tensor]:
             raise ValueError(f"prompt {row} has shape {tuple(one.shape)}; T >= 1 is needed")
         if one.is_floating_point() or one.dtype == torch.bool:
             raise ValueError(f"prompt {row} is {one.dtype}; ids are whole numbers")
+        one = prompts[row] = one.long()
         size = model.config.vocab_size
         if one.min() < 0 or one.max() >= size:
             wrong = next(int(i) for i in one if not 0 <= i < size)
@@ -303,6 +307,8 @@ def generate(
     Raises:
         ValueError: as `stream`.
     """
+    if not isinstance(prompt, Tensor):
+        prompt = list(prompt)
     new = list(stream(model, prompt, max_new_tokens, **settings))
     device = uncompiled(model).transformer.wte.weight.device
     if isinstance(prompt, Tensor):

@@ -72,7 +72,7 @@ class Dropout(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
-        self.threshold = round(p * self.LANES)
+        self.threshold = min(round(p * self.LANES), self.LANES - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.threshold == 0:

@@ -64,14 +64,20 @@ class Muon(Optimizer):
         parts: Callable[[nn.Parameter], int] = lambda _: 1,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._parts = parts
         self._dtype = dtype
         shared = {"lr": lr, "weight_decay": weight_decay}
+        by_parts: dict[int, list[nn.Parameter]] = {1: []}
+        for matrix in matrices:
+            by_parts.setdefault(parts(matrix), []).append(matrix)
         groups: list[dict[str, Any]] = [
-            {"params": list(matrices), "muon": True, "momentum": momentum, **shared},
-            {"params": list(others), "muon": False, **shared, "weight_decay": 0.0},
+            {"params": chosen, "muon": True, "momentum": momentum, "parts": count, **shared}
+            for count, chosen in by_parts.items()
         ]
+        groups.append({"params": list(others), "muon": False, **shared, "weight_decay": 0.0})
         super().__init__(groups, {"betas": betas, "eps": eps, "momentum": momentum})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_dtype": self._dtype}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -94,7 +100,7 @@ class Muon(Optimizer):
         buffer = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
         nesterov = grad.lerp(buffer, group["momentum"])
         dtype = self._dtype or (torch.bfloat16 if parameter.is_cuda else None)
-        parts = self._parts(parameter)  # type: ignore[arg-type]
+        parts = group["parts"]
         for rows, direction in zip(parameter.chunk(parts), nesterov.chunk(parts), strict=True):
             size = 0.2 * math.sqrt(max(rows.shape))
             rows.add_(orthogonalise(direction, dtype=dtype), alpha=-group["lr"] * size)
@@ -123,12 +129,14 @@ def build_optimizer(
     embeddings, norms and head.
 
     Raises:
-        ConfigError: for an unknown name or a learning rate that is not above 0 and finite.
+        ConfigError: for an unknown name or a learning rate or weight decay out of range.
     """
     if not 0 < learning_rate < math.inf:
         raise ConfigError(
             f"learning_rate is {learning_rate!r}; it must be greater than 0 and finite"
         )
+    if not 0 <= weight_decay < math.inf:
+        raise ConfigError(f"weight_decay is {weight_decay!r}; it must be at least 0 and finite")
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if name == "adamw":
         decayed = [p for _, p in named if p.dim() >= 2]
@@ -180,6 +188,10 @@ def learning_rate_at(
     Raises:
         ConfigError: for an unknown schedule, or steps or rates that do not fit together.
     """
+    if step < 1:
+        raise ConfigError(f"step is {step!r}; steps count from 1")
+    if not 0.0 < peak < math.inf:
+        raise ConfigError(f"peak is {peak!r}; it must be above 0 and finite")
     if warmup_steps < 0:
         raise ConfigError(f"warmup_steps is {warmup_steps!r}; it must be at least 0")
     if not 0.0 <= floor <= peak:
@@ -191,7 +203,9 @@ def learning_rate_at(
         if total_steps is None:
             raise ConfigError(f"total_steps is None; the schedule {schedule!r} needs it")
         if schedule == "warmup-stable-decay":
-            decay_start = total_steps - (total_steps // 5 if decay_steps is None else decay_steps)
+            decay_start = total_steps - (
+                max(1, total_steps // 5) if decay_steps is None else decay_steps
+            )
         if not warmup_steps <= decay_start <= total_steps or total_steps < 1:
             raise ConfigError(
                 f"total_steps is {total_steps}; it must leave room for {warmup_steps} steps of "

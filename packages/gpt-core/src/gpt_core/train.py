@@ -57,6 +57,8 @@ def _move(batch: Batch, device: torch.device) -> Batch:
 def _slices(batch: Batch, runtime: Runtime) -> list[Batch]:
     """The batch in slices of whole rows, as equal as can be, of at most `micro_batch_tokens`."""
     x, y = batch
+    if len(x) != len(y):
+        raise ValueError(f"x has {len(x)} rows and y {len(y)}")
     if runtime.micro_batch_tokens == 0 or x.numel() <= runtime.micro_batch_tokens:
         return [batch]
     rows = max(1, runtime.micro_batch_tokens // x[0].numel())
@@ -73,6 +75,8 @@ def _backward(model: nn.Module, batch: Batch, runtime: Runtime) -> Tensor:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
     counts = [int((y != IGNORED).sum()) for _, y in slices]
+    if sum(counts) == 0:
+        return torch.tensor(math.nan)  # as the mean of no targets is
     total = torch.zeros((), device=runtime.device)
     for (x, y), count in zip(slices, counts, strict=True):
         if count == 0:
@@ -109,11 +113,15 @@ def train_steps(
         on_progress: told of the first step, the last, and one every `progress_seconds` between.
 
     Raises:
-        ValueError: if `batches` ends early or `steps` is below 1.
-        TrainingDiverged: at a loss that is NaN or infinite, before it reaches the weights.
+        ValueError: if `batches` ends early, `steps` is below 1, `grad_clip` below 0, a batch has
+            rows of x without y, or none of its targets counts.
+        TrainingDiverged: at a loss or a gradient that is NaN or infinite, before it reaches the
+            weights.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
+    if not grad_clip >= 0:
+        raise ValueError(f"grad_clip is {grad_clip}; it must be at least 0, which is no limit")
     model.train()
     start = reported = monotonic()
     total = since = 0.0
@@ -127,14 +135,19 @@ def train_steps(
         loss = _backward(model, (x, y), runtime)
         # while a GPU still computes, the next batch is drawn; none is drawn that is not used
         batch = next(iterator, None) if step < steps else None
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
         value = loss.item()
-        if not math.isfinite(value):
+        if not math.isfinite(value) or not math.isfinite(norm.item()):
             optimizer.zero_grad(set_to_none=True)
+            if not (y != IGNORED).any():
+                raise ValueError(f"no target counts at step {step} of {steps}: all are {IGNORED}")
             raise TrainingDiverged(
-                f"the loss is {value} at step {step} of {steps}; a lower learning rate may help"
+                f"the loss is {value} and its gradient's norm {norm.item()} at step {step} of "
+                f"{steps}; a lower learning rate may help"
             )
         if grad_clip > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+            nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
         if learning_rate is not None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step)
