@@ -97,6 +97,23 @@ def test_a_second_derivative_is_refused_and_not_wrong(model: GPT, loss_chunk: in
         torch.autograd.grad(model(idx, idx).loss, list(model.parameters()), create_graph=True)
 
 
+def test_gradients_of_each_sample_are_those_of_torch_func(model: GPT) -> None:
+    idx = torch.randint(11, (3, 8))
+    parameters = dict(model.named_parameters())
+
+    def loss(values: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(model, values, (row[None], row[None])).loss
+
+    detached = {name: p.detach() for name, p in parameters.items()}
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(detached, idx)
+    for row in range(3):
+        alone = torch.autograd.grad(
+            model(idx[row : row + 1], idx[row : row + 1]).loss, [*parameters.values()]
+        )
+        for name, gradient in zip(parameters, alone, strict=True):
+            torch.testing.assert_close(each[name][row], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_flops_are_those_of_palms_formula() -> None:
     model = GPT(GPTConfig(50304, 1024, 12, 12, 768))
     assert model.flops_per_token() == 6 * model.num_parameters() + 12 * 12 * 768 * 1024

@@ -94,4 +94,5 @@ def blocked_is_faster(qkv: Tensor) -> bool:
         and qkv.requires_grad
         and 1 < qkv.size(1) <= LONGEST
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # which need another form of function
     )
