@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from plain import PlainGPT
+from plain import PlainGPT, eager_step
 from torch import Tensor, nn
 
 from gpt_core import (
@@ -81,31 +81,20 @@ def our_step(x: Tensor, y: Tensor) -> Step:
     return lambda: train_steps(model, source, optimizer, steps=1, runtime=runtime)
 
 
-def eager_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def step() -> None:
-        loss().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
 def plain_step(x: Tensor, y: Tensor) -> Step:
     model = PlainGPT(CONFIG, dropout=0.2)
     return eager_step(model, lambda: model(x, y)[1])
 
 
-def hugging_face(dropout: float) -> Any:
+def hugging_face(model: GPT, dropout: float) -> Any:
+    """The same model in `transformers`, with this dropout everywhere."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    state_dict, config = to_hf_gpt2(GPT(CONFIG))
+    state_dict, config = to_hf_gpt2(model)
     config |= {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
-    model = GPT2LMHeadModel(GPT2Config(**config))
-    model.load_state_dict(state_dict)
-    return model
+    theirs = GPT2LMHeadModel(GPT2Config(**config))
+    theirs.load_state_dict(state_dict)
+    return theirs
 
 
 def has_transformers() -> bool:
@@ -151,7 +140,7 @@ def training(options: argparse.Namespace) -> None:
     }
     rows = dict.fromkeys(sides, ROWS)
     if has_transformers():
-        model = hugging_face(0.2).train()
+        model = hugging_face(GPT(CONFIG), dropout=0.2).train()
         name = "transformers GPT2LMHeadModel, fp32"
         sides[name] = eager_step(model, lambda: model(x, labels=x).loss)
         rows[name] = ROWS
@@ -263,19 +252,6 @@ def windows(ids: Tensor, rows: int, seed: int) -> Iterator[tuple[Tensor, Tensor]
         yield taken[:, :-1], taken[:, 1:]
 
 
-class Tuple(nn.Module):
-    """A model of which `train_steps` and `evaluate` see the loss."""
-
-    def __init__(self, model: PlainGPT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits, loss = self.model(x, y)
-        assert loss is not None
-        return logits, loss
-
-
 def same_weights(plain: PlainGPT, model: GPT) -> None:
     given = model.state_dict()
     own = {}
@@ -302,7 +278,7 @@ def loss(options: argparse.Namespace) -> None:
     plain = PlainGPT(CONFIG, dropout=0.2)
     same_weights(plain, model)
     sides: dict[str, tuple[nn.Module, Runtime]] = {
-        "plain": (Tuple(plain), exact),
+        "plain": (plain, exact),
         "ours": (model, Runtime.resolve(device="cpu")),
     }
     curves = {}
@@ -358,11 +334,7 @@ def generation(options: argparse.Namespace) -> None:
             "ours, int8 weights": lambda n=count: generate(quantized, prompt, n),
         }
         if count == 256 and has_transformers():
-            from transformers import GPT2Config, GPT2LMHeadModel
-
-            state_dict, config = to_hf_gpt2(model)
-            theirs = GPT2LMHeadModel(GPT2Config(**config)).eval()
-            theirs.load_state_dict(state_dict)
+            theirs = hugging_face(model, dropout=0.0).eval()
             sides[f"transformers generate with its cache ({THEIRS} tokens)"] = partial(
                 theirs.generate,
                 prompt,

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -21,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-from plain import PlainGPT
+from plain import PlainGPT, eager_step
 
 from gpt_core import GPT, GPTConfig, Runtime, build_optimizer, train_steps
 
@@ -31,6 +32,7 @@ MODELS = {
     "baby GPT": (GPTConfig(), 64),
     "GPT-2 124M": (GPTConfig(50304, 1024, 12, 12, 768, dropout=0.0), 16),
 }
+OURS = 10  # steps that one call of `train_steps` takes
 Step = Callable[[], object]
 
 
@@ -42,28 +44,16 @@ def batches(config: GPTConfig, rows: int) -> Iterator[tuple[torch.Tensor, torch.
 
 def plain_step(config: GPTConfig, rows: int, device: torch.device) -> Step:
     model = PlainGPT(config, config.dropout).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     source = batches(config, rows)
-
-    def step() -> None:
-        x, y = (part.to(device) for part in next(source))
-        model(x, y)[1].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return eager_step(model, lambda: model(*(part.to(device) for part in next(source)))[1], 1e-4)
 
 
-def our_step(config: GPTConfig, rows: int, runtime: Runtime) -> Step:
+def our_step(config: GPTConfig, rows: int, device: torch.device, compile: str) -> Step:
+    runtime = Runtime.resolve(device=str(device), compile=compile)
     model = runtime.prepare(GPT(config))
     optimizer = build_optimizer(model, learning_rate=1e-4)
     source = batches(config, rows)
-
-    def step() -> None:
-        train_steps(model, source, optimizer, steps=10, runtime=runtime)
-
-    return step
+    return lambda: train_steps(model, source, optimizer, steps=OURS, runtime=runtime)
 
 
 def measure(step: Step, steps_each: int, rounds: int, device: torch.device) -> tuple[float, float]:
@@ -90,8 +80,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken")
     options = parser.parse_args()
-    found = Runtime.resolve(device=options.device)
-    device = found.device
+    device = Runtime.resolve(device=options.device).device
     if device.type != "cuda" and not options.dry_run:
         parser.error(f"the device is {device}; --dry-run tries every path without a GPU")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -104,19 +93,9 @@ def main() -> None:
             config, rows = dataclasses.replace(config, **small), 4
         flops = GPT(config).flops_per_token()
         paths: dict[str, tuple[Callable[[], Step], int]] = {
-            "plain fp32": (lambda c=config, r=rows: plain_step(c, r, device), 1),
-            "ours, not compiled": (
-                lambda c=config, r=rows: our_step(
-                    c, r, Runtime.resolve(device=str(device), compile="off")
-                ),
-                10,
-            ),
-            "ours": (
-                lambda c=config, r=rows: our_step(
-                    c, r, Runtime.resolve(device=str(device), compile="on")
-                ),
-                10,
-            ),
+            "plain fp32": (partial(plain_step, config, rows, device), 1),
+            "ours, not compiled": (partial(our_step, config, rows, device, "off"), OURS),
+            "ours": (partial(our_step, config, rows, device, "on"), OURS),
         }
         for path, (build, steps_each) in paths.items():
             torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """The plain reference: the same GPT as it is usually written, fp32, eager, dropout everywhere."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -60,3 +61,18 @@ class PlainGPT(nn.Module):
             logits = self(idx[:, -self.block_size :])[0][:, -1]
             idx = torch.cat((idx, logits.softmax(-1).multinomial(1)), dim=1)
         return idx
+
+
+def eager_step(
+    model: nn.Module, loss: Callable[[], Tensor], learning_rate: float = 1e-3
+) -> Callable[[], None]:
+    """A training step as it is usually written: backward, clip, AdamW, clear."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+
+    def step() -> None:
+        loss().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plain import PlainGPT
+from plain import PlainGPT, eager_step
 
 from gpt_core import (
     GPT,
@@ -28,17 +28,10 @@ def test_training_step(compare: Callable[..., None]) -> None:
     batch = itertools.repeat((x, y))
 
     plain = PlainGPT(CONFIG, dropout=0.2)
-    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
-
-    def plain_step() -> None:
-        plain(x, y)[1].backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        plain_optimizer.step()
-        plain_optimizer.zero_grad()
 
     compare(
         lambda: train_steps(ours, batch, optimizer, steps=1, runtime=runtime),
-        plain_step,
+        eager_step(plain, lambda: plain(x, y)[1]),
         reference_name="plain fp32 eager, dropout everywhere",
         amount=x.numel(),
         unit="tokens",

@@ -114,10 +114,9 @@ def misfits(config: GPTConfig, tensors: Mapping[str, Tensor]) -> list[str]:
             wrong.append(f"{name} has shape {tuple(tensor.shape)} instead of {tuple(shape)}")
         elif tensor.dtype not in DTYPES:
             wrong.append(f"{name} is {tensor.dtype}; allowed are {', '.join(map(str, DTYPES))}")
-    dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
-    if not wrong and len(dtypes) > 1:
+    if not wrong:
         main = tensors["transformer.wte.weight"].dtype
-        wrong += [
+        wrong = [
             f"{name} is {tensor.dtype}, transformer.wte.weight {main}"
             for name, tensor in tensors.items()
             if tensor.dtype != main

@@ -4,6 +4,8 @@ Both hold the tensors of `GPT` under its names. Hugging Face keeps the four matr
 transposed, (in_features, out_features), and always has biases.
 """
 
+import pickle
+import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +35,21 @@ _ONLY = {
     "add_cross_attention": False,
     "layer_norm_epsilon": 1e-5,
 }
+
+
+# what `torch.load` was seen to raise for files with bytes changed at random, cut, or not there
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+    pickle.UnpicklingError,
+)
 
 
 class HFGPT2(NamedTuple):
@@ -145,7 +162,7 @@ def from_nanogpt_checkpoint(path: str | Path) -> GPT:
     path = Path(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken stream makes the unpickler raise nearly anything
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     for key in ("model", "model_args"):
         if not isinstance(found, Mapping) or not isinstance(found.get(key), Mapping):

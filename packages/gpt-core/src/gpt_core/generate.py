@@ -230,12 +230,11 @@ def _checked(model: GPT, prompt: Prompts) -> list[Tensor]:
             "or a list of prompts (T,)"
         )
     prompts = list(prompt)
-    for row, one in enumerate(prompts):
-        if not isinstance(one, Tensor):
-            raise ValueError(f"prompt {row} is a {type(one).__name__}; a tensor of ids is needed")
     if not prompts:
         raise ValueError("there is no prompt")
     for row, one in enumerate(prompts):
+        if not isinstance(one, Tensor):
+            raise ValueError(f"prompt {row} is a {type(one).__name__}; a tensor of ids is needed")
         if one.dim() != 1 or len(one) == 0:
             raise ValueError(f"prompt {row} has shape {tuple(one.shape)}; T >= 1 is needed")
         if one.is_floating_point() or one.dtype == torch.bool:

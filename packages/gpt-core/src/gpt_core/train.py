@@ -135,19 +135,18 @@ def train_steps(
         loss = _backward(model, (x, y), runtime)
         # while a GPU still computes, the next batch is drawn; none is drawn that is not used
         batch = next(iterator, None) if step < steps else None
-        parameters = [p for p in model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
-        value = loss.item()
-        if not math.isfinite(value) or not math.isfinite(norm.item()):
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        value, size = loss.item(), norm.item()
+        if not math.isfinite(value) or not math.isfinite(size):
             optimizer.zero_grad(set_to_none=True)
             if not (y != IGNORED).any():
                 raise ValueError(f"no target counts at step {step} of {steps}: all are {IGNORED}")
             raise TrainingDiverged(
-                f"the loss is {value} and its gradient's norm {norm.item()} at step {step} of "
+                f"the loss is {value} and its gradient's norm {size} at step {step} of "
                 f"{steps}; a lower learning rate may help"
             )
         if grad_clip > 0:
-            nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+            nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
         if learning_rate is not None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step)
