@@ -52,7 +52,7 @@ def test_round_of_a_client(compare: Callable[..., None], tmp_path: Path) -> None
         train(received, to_client, context)
         return to_arrays(received)
 
-    part = partition(corpus, tokenizer, 2, 0)
+    part = partition(corpus, 2, tokenizer=tokenizer)[0]
     optimizer = build_optimizer(model, settings.optimizer, learning_rate=settings.learning_rate)
     batches = Batches(part.train, settings.batch_size, settings.block_size, seed=0)
     compare(
@@ -62,4 +62,23 @@ def test_round_of_a_client(compare: Callable[..., None], tmp_path: Path) -> None
         amount=100 * settings.batch_size * settings.block_size,
         unit="tokens",
         rounds=3,
+    )
+
+
+def test_batch_beside_its_training_step(compare: Callable[..., None]) -> None:
+    """Drawing a batch of the quick preset, and the step that it is for."""
+    settings = Settings.from_run_config(
+        tomllib.loads(QUICK.read_text(encoding="utf-8")) | {"device": "cpu"}
+    )
+    tokens = np.random.default_rng(0).integers(0, 65, 1_003_854).astype(np.uint16)
+    torch.manual_seed(settings.seed)
+    model, runtime = GPT(model_config(settings, 65)), Runtime.resolve(device="cpu")
+    optimizer = build_optimizer(model, settings.optimizer, learning_rate=settings.learning_rate)
+    batches = Batches(tokens, settings.batch_size, settings.block_size, seed=0)
+    compare(
+        lambda: [next(batches) for _ in range(100)],
+        lambda: train_steps(model, batches, optimizer, steps=100, runtime=runtime),
+        reference_name="100 training steps, their batches among them",
+        amount=100 * settings.batch_size * settings.block_size,
+        unit="tokens",
     )

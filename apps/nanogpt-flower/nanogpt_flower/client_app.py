@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator
-from itertools import chain
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from nanogpt_flower.composition import (
     VOCABULARY,
     check_vocabulary,
     model_config,
+    parts,
     runtime,
     seed_for,
 )
@@ -32,10 +32,7 @@ from shakespeare_data import (
     CharTokenizer,
     DataError,
     Part,
-    epoch_batches,
     load_corpus,
-    num_epoch_batches,
-    partition,
     read_part,
     sequential_batches,
 )
@@ -86,13 +83,8 @@ def own_part(settings: Settings, config: ConfigRecord, context: Context) -> Part
                 f"the corpus {corpus.name!r} of {name} has SHA-256 {corpus.sha256}; the server's "
                 f"has {config['corpus-sha256']!s}"
             )
-        part = partition(
-            corpus,
-            tokenizer,
-            int(node["num-partitions"]),
-            int(node["partition-id"]),
-            block_size=settings.block_size,
-        )
+        everyone = parts(settings, corpus, tokenizer, int(node["num-partitions"]))
+        part = everyone[int(node["partition-id"])]
     check_vocabulary(name, part.tokenizer, "the server's model", tokenizer)
     return part
 
@@ -109,13 +101,9 @@ def training_batches(
     """Batches of one round and their number: `max-steps` random ones, or `local-epochs` passes."""
     shape = (settings.batch_size, settings.block_size)
     if settings.max_steps:
-        return iter(Batches(part.train, *shape, seed=seed)), settings.max_steps
-    epochs = (
-        epoch_batches(part.train, *shape, seed=[*seed, epoch])
-        for epoch in range(settings.local_epochs)
-    )
-    steps = settings.local_epochs * num_epoch_batches(part.train, *shape)
-    return chain.from_iterable(epochs), steps
+        return Batches(part.train, *shape, seed=seed), settings.max_steps
+    epochs = Batches(part.train, *shape, seed=seed, epochs=settings.local_epochs)
+    return epochs, len(epochs)
 
 
 def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float]:

@@ -4,7 +4,7 @@ import zlib
 
 from gpt_core import GPTConfig, Runtime
 from nanogpt_flower.settings import Settings, SettingsError
-from shakespeare_data import CharTokenizer, DataError
+from shakespeare_data import CharTokenizer, Corpus, DataError, Partition, partition
 
 NO_CORPUS = "none"  # the corpus of a server that has no text
 VOCABULARY = "vocabulary"  # the query by which it asks its clients for theirs
@@ -25,6 +25,20 @@ def runtime(settings: Settings) -> Runtime:
     return Runtime.resolve(
         device=settings.device, precision=settings.precision, compile=settings.compile
     )
+
+
+def parts(
+    settings: Settings, corpus: Corpus, tokenizer: CharTokenizer, num_clients: int
+) -> Partition:
+    """The corpus in equal parts, each of which holds a window and its targets."""
+    needed = settings.block_size + 1
+    try:
+        return partition(corpus, num_clients, tokenizer=tokenizer, min_characters=needed)
+    except DataError as error:
+        raise DataError(
+            f"block-size {settings.block_size} needs at least {needed} characters of each client "
+            f"to train and to validate: {error}"
+        ) from error
 
 
 class VocabularyMismatch(ValueError):

@@ -31,9 +31,9 @@ import tomli_w
 import torch
 
 from nanogpt_flower.artifacts import writable_directory
-from nanogpt_flower.composition import NO_CORPUS, runtime, sample_prompt
+from nanogpt_flower.composition import NO_CORPUS, parts, runtime, sample_prompt
 from nanogpt_flower.settings import Settings
-from shakespeare_data import CharTokenizer, load_corpus, partition, write_partitions
+from shakespeare_data import CORPORA, CharTokenizer, load_corpus, partition
 
 CONNECTION = "here"
 MARK = "NANOGPT_FLOWER_LOCAL"  # in the environment of every process that a federation starts
@@ -241,8 +241,9 @@ def read_run_config(app: Path, preset: str, overrides: Sequence[str]) -> dict[st
         if not key or not equals:
             raise LocalRunError(f"the override is {override!r}; it must be key=value")
         config[key] = _value(value)
-    if config.get("corpus") and Path(str(config["corpus"])).is_file():
-        config["corpus"] = str(Path(str(config["corpus"])).resolve())
+    corpus = str(config.get("corpus", ""))
+    if corpus and corpus not in (*CORPORA, NO_CORPUS) and Path(corpus).exists():
+        config["corpus"] = str(Path(corpus).resolve())
     return config
 
 
@@ -266,7 +267,7 @@ def check(run_config: Mapping[str, Any], num_clients: int) -> None:
         corpus = load_corpus(settings.corpus)
         tokenizer = CharTokenizer.from_text(corpus.text)
         sample_prompt(settings, tokenizer)
-        partition(corpus, tokenizer, num_clients, 0, block_size=settings.block_size)
+        parts(settings, corpus, tokenizer, num_clients)
     writable_directory(settings.output_dir)
 
 
@@ -288,12 +289,12 @@ def deploy(app: Path, run_config: Mapping[str, Any], options: argparse.Namespace
     corpus = str(run_config.get("corpus", "auto"))
     text = load_corpus("auto" if corpus == NO_CORPUS else corpus)
     with _temporary_federation() as federation:
-        parts = write_partitions(text, options.num_clients, federation.home / "datasets")
+        directories = partition(text, options.num_clients).write(federation.home / "datasets")
         federation.start_superlink()
         names = [f"supernode-{number}" for number in range(options.num_clients)]
         threads = max(1, (os.cpu_count() or 1) // options.num_clients)
-        for name, part in zip(names, parts, strict=True):
-            federation.start_supernode(name, f"data-path='{part.resolve()}'", threads=threads)
+        for name, directory in zip(names, directories, strict=True):
+            federation.start_supernode(name, f"data-path='{directory}'", threads=threads)
         try:
             federation.run(app, run_config)
         finally:

@@ -18,7 +18,7 @@ from nanogpt_flower.client_app import (
 )
 from nanogpt_flower.composition import VocabularyMismatch, seed_for
 from nanogpt_flower.settings import Settings
-from shakespeare_data import CharTokenizer, DataError, load_corpus, write_partitions
+from shakespeare_data import CharTokenizer, DataError, load_corpus, partition
 
 MakeContext = Callable[..., Context]
 
@@ -94,7 +94,7 @@ def test_without_a_step_limit_an_epoch_sees_every_window_once(
 def test_a_data_path_is_trained_on_and_nothing_else(
     context: MakeContext, to_clients: ConfigRecord, text_file: Path, tmp_path: Path
 ) -> None:
-    parts = write_partitions(load_corpus(str(text_file)), 2, tmp_path)
+    parts = partition(load_corpus(str(text_file)), 2).write(tmp_path / "parts")
     here = context({"data-path": str(parts[1]), "partition-id": 0, "num-partitions": 2})
     settings = Settings.from_run_config(here.run_config)
     elsewhere = ConfigRecord({**to_clients, "corpus": "no such corpus"})
@@ -109,7 +109,7 @@ def test_a_label_follows_the_text_and_not_its_place(
 ) -> None:
     labels, losses = [], []
     for name in ("here", "there"):
-        for part in write_partitions(load_corpus(str(text_file)), 2, tmp_path / name):
+        for part in partition(load_corpus(str(text_file)), 2).write(tmp_path / name):
             here = context({"data-path": str(part)})
             labels.append(label(here))
             losses.append(trained(here, to_clients)[1]["train-loss"])
@@ -124,7 +124,7 @@ def test_a_part_of_another_vocabulary_is_refused_with_both_named(
 ) -> None:
     other = tmp_path / "other.txt"
     other.write_text("zyxw" * 500, encoding="utf-8")
-    (part, *_) = write_partitions(load_corpus(str(other)), 2, tmp_path)
+    (part, *_) = partition(load_corpus(str(other)), 2).write(tmp_path / "parts")
     with pytest.raises(VocabularyMismatch) as caught:
         trained(context({"data-path": str(part)}), to_clients)
     message = str(caught.value)
@@ -145,14 +145,14 @@ def test_another_corpus_than_the_servers_is_refused(
 def test_a_part_too_short_for_the_block_is_refused(
     context: MakeContext, to_clients: ConfigRecord
 ) -> None:
-    with pytest.raises(DataError, match="block_size 1000 needs at least 1001"):
+    with pytest.raises(DataError, match="block-size 1000 needs at least 1001"):
         trained(context(block_size=1000), to_clients)
 
 
 def test_more_clients_than_the_text_can_feed_are_refused(
     context: MakeContext, to_clients: ConfigRecord
 ) -> None:
-    with pytest.raises(DataError, match=r"a client of 500 .* the text allows at most 47 clients"):
+    with pytest.raises(DataError, match=r"of 500 .* the text allows at most 47 clients"):
         trained(context({"partition-id": 3, "num-partitions": 500}), to_clients)
 
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from nanogpt_flower.local import Federation, LocalRunError
-from shakespeare_data import load_corpus, write_partitions
+from shakespeare_data import load_corpus, partition
 
 PR_SET_CHILD_SUBREAPER = 36  # of Linux' prctl
 
@@ -109,7 +109,7 @@ def test_a_run_whose_clients_all_fail_fails_with_their_reason(
     settings = tiny | {"block-size": 500, "output-dir": str(tmp_path / "out")}
     failure = failed_simulation(app_directory, settings, tmp_path / "home")
     assert "train round 1: 0 good of 2 replies" in failure
-    assert failure.count("block_size 500 needs at least 501") == 2
+    assert failure.count("block-size 500 needs at least 501") == 2
 
 
 def test_ctrl_c_ends_every_process(
@@ -158,7 +158,7 @@ def test_supernodes_train_on_their_own_directories_reproducibly(
 def test_a_server_without_text_takes_its_clients_vocabulary(
     app_directory: Path, tiny: dict[str, Any], text_file: Path, tmp_path: Path
 ) -> None:
-    parts = write_partitions(load_corpus(str(text_file)), 2, tmp_path / "datasets")
+    parts = partition(load_corpus(str(text_file)), 2).write(tmp_path / "datasets")
     settings = tiny | {
         "corpus": "none",
         "num-server-rounds": 1,

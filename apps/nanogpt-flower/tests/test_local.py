@@ -38,7 +38,7 @@ def arguments(app_directory: Path, text_file: Path, tmp_path: Path) -> list[str]
         ("corpus=hamlet", "corpus 'hamlet' is neither 'auto'"),
         ("device=gpu", "device is 'gpu'"),
         ("sample-prompt=#", "sample-prompt is '#'"),
-        ("block-size=400", "the text allows a block_size of at most 399, or at most 1 clients"),
+        ("block-size=400", "the text allows at most 1 clients"),
         ("n-layer", "the override is 'n-layer'; it must be key=value"),
     ],
 )

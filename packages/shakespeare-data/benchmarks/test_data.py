@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from shakespeare_data import Batches, CharTokenizer
 
@@ -55,6 +57,28 @@ def test_encode(compare: Callable[..., None], tokens: Tokens, tokenizer: CharTok
     )
 
 
+def test_encode_beside_tokenizers(
+    compare: Callable[..., None], tokens: Tokens, tokenizer: CharTokenizer
+) -> None:
+    """The same text through a character-level model of Hugging Face's tokenizers."""
+    text = tokenizer.decode(tokens)
+    lines = [text[start : start + 30] for start in range(0, len(text), 30)]  # its faster way
+    theirs = Tokenizer(BPE({character: i for i, character in enumerate(tokenizer.vocab)}, []))
+
+    def encode_lines() -> NDArray[np.uint16]:
+        ids = [i for encoding in theirs.encode_batch(lines) for i in encoding.ids]
+        return np.array(ids, dtype=np.uint16)
+
+    np.testing.assert_array_equal(encode_lines(), tokens)
+    compare(
+        lambda: tokenizer.encode(text),
+        encode_lines,
+        reference_name="tokenizers, BPE without merges, lines in a batch",
+        amount=len(text),
+        unit="characters",
+    )
+
+
 def test_decode(compare: Callable[..., None], tokens: Tokens, tokenizer: CharTokenizer) -> None:
     """Ids to text, as many as the corpus has."""
     itos = dict(enumerate(tokenizer.vocab))
@@ -87,5 +111,28 @@ def test_batches_memory_mapped(compare: Callable[..., None], mapped: Path) -> No
         lambda: [stack_of_slices(np.memmap(mapped, "<u2", "r")) for _ in range(BATCHES)],
         reference_name="stack of slices, file opened for each batch as in nanoGPT",
         amount=BATCHES * BATCH_SIZE * BLOCK_SIZE,
+        unit="tokens",
+    )
+
+
+def test_epoch_in_memory(compare: Callable[..., None], tokens: Tokens) -> None:
+    """Each window once, shuffled, beside a DataLoader of slices."""
+
+    class Windows(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
+        def __len__(self) -> int:
+            return (len(tokens) - 1) // BLOCK_SIZE
+
+        def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+            window = torch.from_numpy(
+                tokens[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE + 1].astype(np.int64)
+            )
+            return window[:-1], window[1:]
+
+    loader = torch.utils.data.DataLoader(Windows(), BATCH_SIZE, shuffle=True)
+    compare(
+        lambda: list(Batches(tokens, BATCH_SIZE, BLOCK_SIZE, seed=0, epochs=1)),
+        lambda: list(loader),
+        reference_name="DataLoader of slices",
+        amount=len(Windows()) * BLOCK_SIZE,
         unit="tokens",
     )

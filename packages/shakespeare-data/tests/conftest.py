@@ -3,8 +3,10 @@
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,13 @@ settings.load_profile("any pace")
 
 VERSES = "".join(f"Speaker {i % 7}:\nline {i} of a play that nobody wrote\n\n" for i in range(400))
 
+# Three plays of unequal length, whose roles speak in letters of their own.
+FOLIO_SPEECHES = {
+    "Long": [("ANN", "aaaa bc"), ("BOB", "bbbb ca"), ("CAT", "cccc")] * 60,
+    "Middle": [("ANN", "dddd"), ("DAN", "eeee ab")] * 40,
+    "Short": [("EVE", "ffff"), ("FAY", "gggg")] * 20,
+}
+
 
 @pytest.fixture(scope="session")
 def make_corpus() -> Callable[..., Corpus]:
@@ -30,11 +39,24 @@ def make_corpus() -> Callable[..., Corpus]:
     return make
 
 
+@pytest.fixture(scope="session")
+def folio(make_corpus: Callable[..., Corpus]) -> Corpus:
+    """Three plays with seven roles, 300 speeches."""
+    texts = {
+        title: "".join(f"{speaker}:\n{line} {i}\n\n" for i, (speaker, line) in enumerate(speeches))
+        for title, speeches in FOLIO_SPEECHES.items()
+    }
+    starts = accumulate((len(text) for text in texts.values()), initial=0)
+    corpus = make_corpus("".join(texts.values()))
+    return replace(corpus, name="folio", titles=tuple(zip(starts, texts, strict=False)))
+
+
 class Mirror:
     """An HTTP server on loopback; `answer` writes each response, `requests` counts them."""
 
     def __init__(self) -> None:
         self.requests = 0
+        self.released = threading.Event()  # those who were left waiting
         self.answer: Callable[[BaseHTTPRequestHandler], object] = lambda _: None
         self._count = threading.Lock()
         mirror = self

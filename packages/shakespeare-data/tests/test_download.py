@@ -1,7 +1,9 @@
+import io
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler
@@ -18,35 +20,35 @@ DIGEST = sha256(TEXT).hexdigest()
 
 
 def tiny(directory: Path, url: str, **seconds: float) -> TinyShakespeare:
-    return TinyShakespeare(directory, url, DIGEST, **seconds)
+    return TinyShakespeare(directory, (url,), DIGEST, **seconds)
 
 
 READ = f"""
 import sys
 from pathlib import Path
-from shakespeare_data import CorpusUnavailable
+from shakespeare_data import CorpusUnavailable, DataError
 from shakespeare_data.sources import TinyShakespeare
 
 directory, url = sys.argv[1:]
-tiny = TinyShakespeare(Path(directory), url, "{DIGEST}", answer_seconds=1.0, socket_seconds=0.5)
+tiny = TinyShakespeare(Path(directory), (url,), "{DIGEST}", answer_seconds=1.0, socket_seconds=0.5)
 print("ready", flush=True)
 sys.stdin.readline()
 try:
     print(tiny.read()[1])
-except CorpusUnavailable as error:
-    print(error)
+except DataError as error:
+    print(type(error).__name__, error)
 """
 
 
-def read_in_ten_processes(directory: Path, url: str) -> list[str]:
-    """Where each of ten processes, let loose together, got the text, or why it did not."""
+def read_in_twenty_processes(directory: Path, url: str) -> list[str]:
+    """Where each of twenty processes, let loose together, got the text, or why it did not."""
     command = [sys.executable, "-c", READ, str(directory), url]
     with ExitStack() as stack:
         processes = [
             stack.enter_context(
                 subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             )
-            for _ in range(10)
+            for _ in range(20)
         ]
         for process in processes:
             assert process.stdout is not None
@@ -74,23 +76,59 @@ def test_a_good_download_is_kept_and_read_from_the_cache_afterwards(
     assert files(cache) == {"input.txt"}
 
 
-def test_ten_processes_at_once_download_once(mirror: Any, tmp_path: Path) -> None:
+def test_twenty_processes_at_once_download_once(mirror: Any, tmp_path: Path) -> None:
     mirror.serve(TEXT)
-    sources = read_in_ten_processes(tmp_path, mirror.url)
+    sources = read_in_twenty_processes(tmp_path, mirror.url)
     assert mirror.requests == 1
     assert sources.count(f"downloaded from {mirror.url}") == 1
-    assert sources.count(f"cache: {tmp_path / 'input.txt'}") == 9
+    assert sources.count(f"cache: {tmp_path / 'input.txt'}") == 19
 
 
-def test_ten_processes_at_once_find_only_once_that_there_is_no_network(
-    mirror: Any, tmp_path: Path
+def hang(mirror: Any) -> None:
+    mirror.answer = lambda _: mirror.released.wait(30)
+
+
+def die_in_the_middle(mirror: Any) -> None:
+    mirror.serve(TEXT[: len(TEXT) // 2], promised=len(TEXT))
+
+
+@pytest.mark.parametrize(
+    ("misbehave", "requests", "kind", "words"),
+    [
+        pytest.param(hang, 3, "CorpusUnavailable", "cannot be reached: ", id="hangs"),
+        pytest.param(die_in_the_middle, 3, "DataError", "truncated or altered", id="dies"),
+        pytest.param(
+            lambda mirror: mirror.serve(b"<html>sign in</html>"),
+            3,
+            "DataError",
+            "20 bytes with SHA-256",
+            id="another file",
+        ),
+        pytest.param(
+            lambda mirror: mirror.refuse(404), 1, "CorpusUnavailable", "HTTP Error 404", id="404"
+        ),
+        pytest.param(
+            lambda mirror: mirror.refuse(500), 3, "CorpusUnavailable", "HTTP Error 500", id="500"
+        ),
+    ],
+)
+def test_of_twenty_processes_one_finds_what_is_wrong_and_all_say_it(
+    mirror: Any,
+    tmp_path: Path,
+    misbehave: Callable[[Any], None],
+    requests: int,
+    kind: str,
+    words: str,
 ) -> None:
-    released = threading.Event()
-    mirror.answer = lambda _: released.wait(30)
-    outcomes = read_in_ten_processes(tmp_path, mirror.url)
-    released.set()
-    assert all("cannot be reached" in outcome for outcome in outcomes)
-    assert mirror.requests <= 3  # the tries of one process
+    misbehave(mirror)
+    outcomes = read_in_twenty_processes(tmp_path, mirror.url)
+    mirror.released.set()
+    assert len(outcomes) == 20
+    assert all(outcome.startswith(f"{kind} Tiny Shakespeare is not at") for outcome in outcomes)
+    assert all(words in outcome for outcome in outcomes)
+    assert all(str(tmp_path / "input.txt") in outcome for outcome in outcomes)
+    assert sum("found" in outcome and "s ago" in outcome for outcome in outcomes) == 19
+    assert 1 <= mirror.requests <= requests  # the tries of one process
     assert files(tmp_path) == {"input.txt.unreachable"}
 
 
@@ -111,7 +149,50 @@ def test_a_download_with_another_hash_is_not_kept(
     assert not isinstance(raised.value, CorpusUnavailable)
     assert DIGEST in str(raised.value)
     assert sha256(content).hexdigest() in str(raised.value)
-    assert files(tmp_path) == set()
+    assert files(tmp_path) == {"input.txt.unreachable"}
+
+
+def test_mirrors_are_tried_in_order(
+    mirror: Any, tmp_path: Path, closed_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror.serve(TEXT)
+    monkeypatch.setenv("SHAKESPEARE_DATA_URL", f"{closed_url}  {mirror.url}")
+    found = TinyShakespeare(tmp_path, sha256=DIGEST)
+    assert found.urls == (closed_url, mirror.url)
+    assert found.read() == (TEXT, f"downloaded from {mirror.url}")
+
+
+def test_what_each_mirror_said_is_told(mirror: Any, tmp_path: Path, closed_url: str) -> None:
+    mirror.serve(TEXT[:-1])
+    with pytest.raises(DataError) as raised:
+        TinyShakespeare(tmp_path, (closed_url, mirror.url), DIGEST).read()
+    assert f"{closed_url} cannot be reached: " in str(raised.value)
+    assert f"the download from {mirror.url} was truncated or altered" in str(raised.value)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_progress_is_shown_on_a_terminal_only(
+    mirror: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]
+) -> None:
+    mirror.serve(TEXT)
+    monkeypatch.setattr(sys, "stderr", stream())
+    tiny(tmp_path, mirror.url).read()
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert shown == ("\rTiny Shakespeare: 0.1 of 1.1 MB\n" if stream is Terminal else "")
+
+
+def test_a_verdict_of_another_form_is_no_verdict(mirror: Any, tmp_path: Path) -> None:
+    mirror.serve(TEXT)
+    for i, content in enumerate(["http://old\nreason\n", "[]", "{}", '{"urls": 3}']):
+        directory = tmp_path / str(i)
+        directory.mkdir()
+        (directory / "input.txt.unreachable").write_text(content)
+        assert tiny(directory, mirror.url).read()[0] == TEXT
 
 
 def test_a_download_that_fails_at_first_is_tried_again(mirror: Any, tmp_path: Path) -> None:
@@ -194,7 +275,7 @@ def test_a_directory_in_the_files_place_is_named(tmp_path: Path, closed_url: str
 
 @pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://host/x", "input.txt"])
 def test_only_http_addresses_are_fetched(tmp_path: Path, url: str) -> None:
-    with pytest.raises(DataError, match="must begin with https:// or http://"):
+    with pytest.raises(DataError, match=r"begin with https:// or http://, it has '"):
         tiny(tmp_path, url).read()
 
 

@@ -1,25 +1,16 @@
-import json
 from collections.abc import Callable
-from hashlib import sha256
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shakespeare_data import (
-    CharTokenizer,
-    Corpus,
-    DataError,
-    contiguous,
-    partition,
-    read_part,
-    write_partitions,
-)
+from shakespeare_data import SCHEMES, CharTokenizer, Corpus, DataError, Partition, partition
 
 MakeCorpus = Callable[..., Corpus]
+BY_SPEECHES = ("by-play", "by-speaker", "dirichlet")
 
 
 @pytest.fixture(scope="session")
@@ -27,298 +18,289 @@ def verses(make_corpus: MakeCorpus) -> Corpus:
     return make_corpus()
 
 
-@pytest.fixture(scope="session")
-def tokenizer(verses: Corpus) -> CharTokenizer:
-    return CharTokenizer.from_text(verses.text)
+def owned(divided: Partition) -> list[list[int]]:
+    """The places in the text that each client has, training before validation."""
+    return [
+        [
+            place
+            for start, stop in np.concatenate([train, val]).tolist()
+            for place in range(start, stop)
+        ]
+        for train, val in zip(divided.train, divided.val, strict=True)
+    ]
 
 
-@given(length=st.integers(0, 200), num_partitions=st.integers(1, 40))
-def test_contiguous_parts_are_equal_disjoint_and_together_whole(
-    length: int, num_partitions: int
+@st.composite
+def requests(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of `partition` that `folio` can meet."""
+    scheme = draw(st.sampled_from(SCHEMES))
+    request = {
+        "scheme": scheme,
+        "num_partitions": draw(st.integers(1, 6)),
+        "seed": draw(st.integers(0, 2**32)),
+        "validation_fraction": draw(st.sampled_from([0.1, 0.2, 0.4])),
+    }
+    if scheme in ("dirichlet", "quantity-skew"):
+        request["alpha"] = draw(st.floats(0.3, 100))
+    if scheme == "dirichlet":
+        request["by"] = draw(st.sampled_from(["play", "speaker"]))
+    if scheme in ("iid", "quantity-skew"):
+        request["window"] = draw(st.integers(1, 400))
+    return request
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(request_=requests())
+def test_parts_are_disjoint_together_the_whole_or_accounted_for_and_those_of_the_seed(
+    folio: Corpus, request_: dict[str, Any]
 ) -> None:
-    tokens = np.arange(length, dtype=np.uint16)
-    parts = contiguous(tokens, num_partitions)
-    assert len(parts) == num_partitions
-    assert np.concatenate(parts).tolist() == list(range(length))
-    sizes = [len(part) for part in parts]
+    divided = partition(folio, **request_)
+    places = owned(divided)
+    everywhere = [place for of_client in places for place in of_client]
+    assert len(everywhere) == len(set(everywhere))
+    assert len(everywhere) + divided.left_out == len(folio.text)
+    if request_["scheme"] != "by-speaker":
+        assert divided.left_out == 0
+    assert len(divided) == len(places) == request_["num_partitions"]
+    assert owned(partition(folio, **request_)) == places
+    for part, of_client in zip(divided, places, strict=True):
+        together = np.concatenate([part.train, part.val])
+        expected = "".join(folio.text[place] for place in of_client)
+        assert divided.tokenizer.decode(together) == expected
+        assert min(len(part.train), len(part.val)) >= 2
+
+
+@given(
+    scheme=st.sampled_from(SCHEMES),
+    num_partitions=st.integers(1, 6),
+    split=st.sampled_from(["end", "speech"]),
+)
+def test_the_sides_of_all_clients_are_those_of_the_split(
+    folio: Corpus, scheme: Any, num_partitions: int, split: Any
+) -> None:
+    if scheme in BY_SPEECHES and split == "end":
+        return  # then some clients have nothing to validate on
+    divided = partition(folio, num_partitions, scheme, 3, split=split)
+    allowed = folio.split_spans(by=split)
+    for parts, side in zip((divided.train, divided.val), allowed, strict=True):
+        places = {p for spans in parts for start, stop in spans for p in range(start, stop)}
+        of_side = {p for start, stop in side for p in range(start, stop)}
+        assert places <= of_side
+        if scheme != "by-speaker":
+            assert places == of_side
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "contiguous"])
+def test_another_seed_gives_other_parts(folio: Corpus, scheme: Any) -> None:
+    found = {str(owned(partition(folio, 3, scheme, seed))) for seed in range(4)}
+    assert len(found) > 1
+
+
+@given(num_partitions=st.integers(1, 40))
+def test_contiguous_parts_are_those_of_array_split(verses: Corpus, num_partitions: int) -> None:
+    divided = partition(verses, num_partitions)
+    for text, side in zip(verses.split(), ("train", "val"), strict=True):
+        expected = np.array_split(divided.tokenizer.encode(text), num_partitions)
+        for part, tokens in zip(divided, expected, strict=True):
+            np.testing.assert_array_equal(getattr(part, side), tokens)
+
+
+def test_contiguous_parts_are_views_of_one_array(verses: Corpus) -> None:
+    one, other = partition(verses, 2)
+    assert one.train.base is other.train.base is not None
+
+
+@given(num_partitions=st.integers(1, 9), window=st.integers(1, 500), seed=st.integers(0, 99))
+def test_iid_parts_are_equal_and_of_windows_from_everywhere(
+    verses: Corpus, num_partitions: int, window: int, seed: int
+) -> None:
+    divided = partition(verses, num_partitions, "iid", seed, window=window)
+    sizes = [len(part.train) for part in divided]
     assert max(sizes) - min(sizes) <= 1
+    # a stretch ends where a window does, or where the deal goes to the next client
+    inner = {int(stop) % window for spans in divided.train for stop in spans[:-1, 1]}
+    assert len(inner - {0}) <= 2 * num_partitions + 1
 
 
-def test_contiguous_parts_are_views() -> None:
-    tokens = np.arange(10, dtype=np.uint16)
-    assert all(np.shares_memory(part, tokens) for part in contiguous(tokens, 3))
+def test_quantity_skew_gives_the_dirichlet_shares_over_the_minimum(verses: Corpus) -> None:
+    divided = partition(verses, 5, "quantity-skew", 7, alpha=0.4, min_characters=50)
+    shares = np.random.default_rng(7).dirichlet(np.full(5, 0.4))
+    spare = len(verses.split()[0]) - 5 * 50
+    for part, share in zip(divided, shares, strict=True):
+        assert len(part.train) == pytest.approx(50 + share * spare, abs=1)
+        assert len(part.val) >= 50
 
 
-@given(num_partitions=st.integers(1, 9))
-def test_the_parts_of_all_clients_make_up_the_split_text(
-    verses: Corpus, tokenizer: CharTokenizer, num_partitions: int
-) -> None:
-    corpus = verses
-    parts = [partition(corpus, tokenizer, num_partitions, i) for i in range(num_partitions)]
-    train, val = corpus.split()
-    assert "".join(tokenizer.decode(part.train) for part in parts) == train
-    assert "".join(tokenizer.decode(part.val) for part in parts) == val
+def test_by_play_gives_whole_plays_balanced(folio: Corpus) -> None:
+    divided = partition(folio, 2, "by-play")
+    titles = [
+        {speech.play for speech in folio.speeches if speech.text[:-2] in text}
+        for text in texts(folio, divided)
+    ]
+    assert sorted(map(len, titles)) == [1, 2]  # the longest play, and the two others
+    assert {"Long"} in titles
 
 
-def test_a_part_says_whose_it_is_and_of_what(verses: Corpus, tokenizer: CharTokenizer) -> None:
-    part = partition(verses, tokenizer, 2, 0)
-    assert part.name == "0 of 2"
+def test_by_play_cuts_a_play_between_speeches_when_clients_outnumber_plays(folio: Corpus) -> None:
+    divided = partition(folio, 12, "by-play")
+    boundaries = set(folio.speech_starts.tolist())
+    assert {place for spans in divided.train for pair in spans.tolist() for place in pair} <= (
+        boundaries
+    )
+    assert all(part.plays == 1 for part in divided.report())
+    assert max(len(part.train) for part in divided) < 2 * min(len(part.train) for part in divided)
+
+
+def test_by_speaker_gives_each_client_one_role_with_enough(folio: Corpus) -> None:
+    roles = {
+        role: "".join(speech.text for speech in folio.speeches if speech.role == role)
+        for role in dict.fromkeys(speech.role for speech in folio.speeches)
+    }
+    assert len(roles) == 7
+    divided = partition(folio, 3, "by-speaker", 1, min_characters=60)
+    for part in divided:
+        both = len(part.train) + len(part.val)
+        assert sum(len(text) == both for text in roles.values()) >= 1
+    assert [report.speakers for report in divided.report()] == [1, 1, 1]
+    assert divided.left_out == len(folio.text) - sum(r.train + r.val for r in divided.report())
+
+
+def texts(corpus: Corpus, divided: Partition) -> list[str]:
+    return [
+        corpus.text_of(train) + corpus.text_of(val)
+        for train, val in zip(divided.train, divided.val, strict=True)
+    ]
+
+
+def test_dirichlet_with_large_alpha_is_even_and_with_small_alpha_is_not(folio: Corpus) -> None:
+    def spread(alpha: float) -> float:
+        reports = [
+            partition(folio, 3, "dirichlet", seed, alpha=alpha).report() for seed in range(8)
+        ]
+        return float(np.mean([np.std([part.train for part in report]) for report in reports]))
+
+    assert spread(1000) < spread(1) < spread(0.2)
+
+
+def test_dirichlet_by_speaker_divides_each_role(folio: Corpus) -> None:
+    even = partition(folio, 2, "dirichlet", 0, alpha=1e6, by="speaker")
+    for part in even.report():
+        assert part.speakers == 7
+        assert part.train + part.val == pytest.approx(len(folio.text) / 2, rel=0.05)
+
+
+def test_a_text_without_speakers_has_no_roles_to_divide_by(make_corpus: MakeCorpus) -> None:
+    prose = make_corpus("It was so.\n\nIt was not so.\n\n" * 50)
+    for request in ({"scheme": "by-speaker"}, {"scheme": "dirichlet", "by": "speaker"}):
+        with pytest.raises(DataError, match="has no speakers"):
+            partition(prose, 2, **request)
+    assert len(partition(prose, 2, "dirichlet")) == 2
+
+
+def test_the_divergence_is_that_of_the_definition(folio: Corpus) -> None:
+    divided = partition(folio, 3, "by-play")
+
+    def entropy(distribution: dict[str, float]) -> float:
+        return -sum(p * np.log2(p) for p in distribution.values() if p)
+
+    def distribution(text: str) -> dict[str, float]:
+        return {c: text.count(c) / len(text) for c in set(folio.text)}
+
+    whole = distribution(folio.text)
+    for part, text in zip(divided.report(), texts(folio, divided), strict=True):
+        own = distribution(text)
+        mean = {c: (own[c] + whole[c]) / 2 for c in whole}
+        expected = entropy(mean) - (entropy(own) + entropy(whole)) / 2
+        assert part.divergence == pytest.approx(expected)
+        assert 0 < part.divergence < 1
+
+
+def test_the_whole_does_not_diverge_from_itself(folio: Corpus) -> None:
+    (report,) = partition(folio, 1).report()
+    assert report.divergence == 0
+    assert (report.speakers, report.plays) == (7, 3)
+    assert report.train + report.val == len(folio.text)
+
+
+def test_a_part_says_whose_it_is_and_of_what(verses: Corpus) -> None:
+    part = partition(verses, 2, "iid", 4)[1]
+    assert part.name == "1 of 2"
     assert part.train.dtype == part.val.dtype == np.uint16
     assert part.meta["corpus_sha256"] == verses.sha256
-    assert part.meta["scheme"] == "contiguous"
+    assert part.meta["scheme"] == "iid"
+    assert part.meta["seed"] == 4
+    assert part.meta["options"]["window"] == 1024
 
 
-@pytest.mark.parametrize("num_partitions", [0, -1])
-def test_fewer_than_one_partition_is_refused(
-    verses: Corpus, tokenizer: CharTokenizer, num_partitions: int, tmp_path: Path
+@pytest.mark.parametrize("client", [-1, 2])
+def test_a_client_that_does_not_exist_is_refused(verses: Corpus, client: int) -> None:
+    with pytest.raises(DataError, match=f"from 0 to 1, it is {client}"):
+        partition(verses, 2)[client]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"num_partitions": 0}, "num_partitions must be at least 1, it is 0"),
+        ({"num_partitions": -1}, "num_partitions must be at least 1, it is -1"),
+        ({"scheme": "random"}, "scheme must be one of contiguous, iid, .*; it is 'random'"),
+        ({"seed": -1}, "seed must be at least 0, it is -1"),
+        ({"min_characters": 0}, "min_characters must be at least 1, it is 0"),
+        ({"split": "half"}, "by must be 'end', 'play' or 'speech', it is 'half'"),
+        ({"validation_fraction": 1}, "validation_fraction must be between 0 and 1, it is 1"),
+        ({"alpha": 1.0}, "alpha belongs to dirichlet and quantity-skew, not to contiguous"),
+        ({"window": 9}, "window belongs to iid and quantity-skew, not to contiguous"),
+        ({"by": "play"}, "by belongs to dirichlet, not to contiguous"),
+        ({"scheme": "dirichlet", "alpha": 0.0}, "alpha must be above 0 and finite, it is 0.0"),
+        ({"scheme": "dirichlet", "alpha": float("nan")}, "alpha must be above 0 .* it is nan"),
+        ({"scheme": "dirichlet", "alpha": float("inf")}, "alpha must be above 0 .* it is inf"),
+        ({"scheme": "dirichlet", "by": "act"}, "by must be 'play' or 'speaker', it is 'act'"),
+        ({"scheme": "iid", "window": 0}, "window must be at least 1 character, it is 0"),
+    ],
+)
+def test_arguments_out_of_range_are_named(
+    verses: Corpus, request_: dict[str, Any], message: str
 ) -> None:
-    message = f"num_partitions must be at least 1, it is {num_partitions}"
     with pytest.raises(DataError, match=message):
-        contiguous(np.arange(3), num_partitions)
-    with pytest.raises(DataError, match=message):
-        partition(verses, tokenizer, num_partitions, 0)
-    with pytest.raises(DataError, match=message):
-        write_partitions(verses, num_partitions, tmp_path)
+        partition(verses, **{"num_partitions": 2} | request_)
 
 
-@pytest.mark.parametrize("partition_id", [-1, 2])
-def test_a_client_that_does_not_exist_is_refused(
-    verses: Corpus, tokenizer: CharTokenizer, partition_id: int
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_more_clients_than_the_text_can_feed_are_refused_with_sizes(
+    folio: Corpus, scheme: Any
 ) -> None:
-    with pytest.raises(DataError, match=f"from 0 to 1, it is {partition_id}"):
-        partition(verses, tokenizer, 2, partition_id)
+    with pytest.raises(DataError) as raised:
+        partition(folio, 40, scheme, min_characters=200)
+    message = str(raised.value)
+    if scheme == "by-speaker":
+        assert "of the 7 roles of folio, 0 have at least min_characters 200" in message
+    else:
+        assert "min_characters asks for 200" in message
+        assert "of 40" in message
+        assert "train/val characters are, from the smallest on, client " in message
 
 
-def test_more_clients_than_the_text_can_feed_names_the_number_that_works(
-    make_corpus: MakeCorpus,
-) -> None:
+def test_the_error_says_how_many_clients_the_text_allows(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus("ab" * 500)  # 900 characters of training text, 100 of validation
-    tokenizer = CharTokenizer("ab")
     message = (
-        "a client of 4 would get 25 val characters, block_size 32 needs at least 33; "
-        "the text allows a block_size of at most 24, or at most 3 clients"
+        "contiguous would give client 0 of 4 25 val characters, min_characters asks for 33; the "
+        "text allows at most 3 clients of so many; train/val characters are, from the smallest "
+        "on, client 0: 225/25, client 1: 225/25, client 2: 225/25, client 3: 225/25"
     )
     with pytest.raises(DataError, match=message):
-        partition(corpus, tokenizer, 4, 3, block_size=32)
-    assert all(len(partition(corpus, tokenizer, 3, i, block_size=32).val) >= 33 for i in range(3))
-    assert len(partition(corpus, tokenizer, 4, 3, block_size=24).val) == 25
-    with pytest.raises(DataError, match=r"the text allows a block_size of at most 24$"):
-        partition(corpus, tokenizer, 4, 0, block_size=100)
-    with pytest.raises(DataError, match=r"the text is too short$"):
-        partition(make_corpus("ab"), tokenizer, 4, 0)
+        partition(corpus, 4, min_characters=33)
+    assert len(partition(corpus, 3, min_characters=33)) == 3
+    with pytest.raises(DataError, match="the text allows none of so many"):
+        partition(corpus, 4, min_characters=200)
 
 
 def test_a_text_outside_the_vocabulary_is_refused(make_corpus: MakeCorpus) -> None:
     with pytest.raises(DataError, match="not in the vocabulary"):
-        partition(make_corpus("abc" * 100), CharTokenizer("ab"), 2, 0)
+        _ = partition(make_corpus("abc" * 100), 2, tokenizer=CharTokenizer("ab"))[0]
 
 
-def test_written_parts_equal_those_in_memory(
-    verses: Corpus, tokenizer: CharTokenizer, tmp_path: Path
-) -> None:
-    corpus = verses
-    directories = write_partitions(corpus, 3, tmp_path / "deep" / "datasets")
-    assert [directory.name for directory in directories] == [
-        f"shakespeare_part_{i}" for i in range(3)
-    ]
-    for i, directory in enumerate(directories):
-        written, in_memory = read_part(directory), partition(corpus, tokenizer, 3, i)
-        np.testing.assert_array_equal(written.train, in_memory.train)
-        np.testing.assert_array_equal(written.val, in_memory.val)
-        assert written.tokenizer == in_memory.tokenizer
-        assert written.meta == in_memory.meta
-        assert written.name == str(directory)
-        assert isinstance(written.train, np.memmap)
-
-
-def test_written_parts_are_nanogpts_format(verses: Corpus, tmp_path: Path) -> None:
-    (directory,) = write_partitions(verses, 1, tmp_path)
-    train, _ = verses.split()
-    chars = sorted(set(verses.text))
-    expected = b"".join(chars.index(character).to_bytes(2, "little") for character in train)
-    assert (directory / "train.bin").read_bytes() == expected
-    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-    assert meta["vocab"] == "".join(chars)
-    assert meta["vocab_size"] == len(chars)
-    assert {file.name for file in directory.iterdir()} == {"train.bin", "val.bin", "meta.json"}
-
-
-def test_the_validation_fraction_is_the_callers(verses: Corpus, tmp_path: Path) -> None:
-    (directory,) = write_partitions(verses, 1, tmp_path, validation_fraction=0.25)
-    part = read_part(directory)
-    assert len(part.val) == pytest.approx(len(verses.text) / 4, abs=1)
-
-
-def test_writing_again_replaces_the_parts_and_nothing_else(
-    make_corpus: MakeCorpus, verses: Corpus, tokenizer: CharTokenizer, tmp_path: Path
-) -> None:
-    write_partitions(verses, 3, tmp_path)
-    (tmp_path / "notes.txt").write_text("mine")
-    write_partitions(make_corpus("xy" * 500), 2, tmp_path)
-    assert read_part(tmp_path / "shakespeare_part_0").tokenizer.vocab == "xy"
-    assert read_part(tmp_path / "shakespeare_part_2").tokenizer == tokenizer
-    assert {entry.name for entry in tmp_path.iterdir()} == {
-        "notes.txt",
-        *(f"shakespeare_part_{i}" for i in range(3)),
-    }
-
-
-def test_what_was_there_survives_a_write_that_fails(
-    make_corpus: MakeCorpus,
-    verses: Corpus,
-    tokenizer: CharTokenizer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    write_partitions(verses, 2, tmp_path)
-
-    def full(_: Path, content: bytes) -> int:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", full)
-        with pytest.raises(DataError, match="No space left on device"):
-            write_partitions(make_corpus("xy" * 500), 2, tmp_path)
-    assert read_part(tmp_path / "shakespeare_part_0").tokenizer == tokenizer
-    assert {entry.name for entry in tmp_path.iterdir()} == {
-        "shakespeare_part_0",
-        "shakespeare_part_1",
-    }
-
-
-def test_what_was_there_survives_a_move_that_fails(
-    make_corpus: MakeCorpus,
-    verses: Corpus,
-    tokenizer: CharTokenizer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    write_partitions(verses, 1, tmp_path)
-    rename = Path.rename
-
-    def refuse_the_new_one(source: Path, target: Path) -> Path:
-        if source.name == target.name == "shakespeare_part_0":
-            raise OSError(5, "Input/output error")
-        return rename(source, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", refuse_the_new_one)
-        with pytest.raises(DataError, match="Input/output error"):
-            write_partitions(make_corpus("xy" * 500), 1, tmp_path)
-    assert read_part(tmp_path / "shakespeare_part_0").tokenizer == tokenizer
-
-
-def test_an_output_that_cannot_be_written_is_named(verses: Corpus, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"cannot write .*file"):
-        write_partitions(verses, 2, tmp_path / "file" / "datasets")
-
-
-def test_a_file_in_a_parts_place_is_not_replaced(verses: Corpus, tmp_path: Path) -> None:
-    (tmp_path / "shakespeare_part_1").write_text("mine")
-    with pytest.raises(DataError, match=r"cannot replace .*shakespeare_part_1"):
-        write_partitions(verses, 2, tmp_path)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["shakespeare_part_1"]
-
-
-def test_a_text_too_short_for_the_parts_writes_nothing(
-    make_corpus: MakeCorpus, tmp_path: Path
-) -> None:
-    with pytest.raises(DataError, match="the text allows at most 1 clients"):
-        write_partitions(make_corpus("ab" * 10), 3, tmp_path / "datasets")
-    assert not (tmp_path / "datasets").exists()
-
-
-def test_a_part_has_one_fingerprint_wherever_it_lies(
-    verses: Corpus, tokenizer: CharTokenizer, tmp_path: Path
-) -> None:
-    here, there = (
-        [read_part(part) for part in write_partitions(verses, 2, tmp_path / name)]
-        for name in ("here", "there")
-    )
-    found = [part.fingerprint for part in here]
-    assert found == [part.fingerprint for part in there]
-    assert found == [partition(verses, tokenizer, 2, i).fingerprint for i in range(2)]
-    assert (
-        found[0]
-        == sha256((tmp_path / "here/shakespeare_part_0/train.bin").read_bytes()).hexdigest()[:16]
-    )
-    assert found[0] != found[1]
-
-
-@pytest.fixture
-def part_directory(verses: Corpus, tmp_path: Path) -> Path:
-    return write_partitions(verses, 2, tmp_path)[0]
-
-
-def test_a_directory_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere is not a directory"):
-        read_part(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
-def test_a_missing_file_is_named(part_directory: Path, name: str) -> None:
-    (part_directory / name).unlink()
-    with pytest.raises(DataError, match=f"cannot read .*{name}"):
-        read_part(part_directory)
-
-
-@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        pytest.param(lambda _: b"", "is empty, expected [0-9]+ ids of 2 bytes", id="empty"),
-        pytest.param(lambda content: content[:-1], "need an even number", id="odd"),
-        pytest.param(lambda content: content[:-2], "ids, meta.json says", id="truncated"),
-        pytest.param(
-            lambda content: content[:-2] + b"\xff\x01", "has the id 511, .* 0 to ", id="foreign"
-        ),
-    ],
-)
-def test_damaged_tokens_are_named(
-    part_directory: Path, name: str, damage: Any, message: str
-) -> None:
-    path = part_directory / name
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=message) as raised:
-        read_part(part_directory)
-    assert str(path) in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format_version": 2}, "format_version is 2, .* reads 1"),
-        ({"vocab": None}, "vocab must be str, it is None"),
-        ({"vocab": "ba"}, "sorted"),
-        ({"vocab_size": 1}, "vocab_size is 1, but vocab has"),
-        ({"val_length": "many"}, "val_length must be int, it is 'many'"),
-    ],
-)
-def test_a_bad_meta_json_is_named(
-    part_directory: Path, change: dict[str, Any], message: str
-) -> None:
-    path = part_directory / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | change))
-    with pytest.raises(DataError, match=message) as raised:
-        read_part(part_directory)
-    assert str(path) in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"{", "is not JSON"), (b"\xff\xfe\xfd", "is not JSON"), (b"[]", "JSON object, it is list")],
-)
-def test_a_meta_json_that_is_no_object_is_named(
-    part_directory: Path, content: bytes, message: str
-) -> None:
-    (part_directory / "meta.json").write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read_part(part_directory)
-
-
-def test_a_part_shorter_than_a_window_is_refused(part_directory: Path) -> None:
-    length = len(read_part(part_directory).val)
-    assert len(read_part(part_directory, block_size=length - 1).val) == length
-    with pytest.raises(DataError, match=rf"has {length} ids, block_size {length} needs"):
-        read_part(part_directory, block_size=length)
+def test_one_play_cannot_be_split_by_play(verses: Corpus, folio: Corpus) -> None:
+    with pytest.raises(DataError, match="verses is one play; a split by play needs two"):
+        partition(verses, 2, split="play")
+    renamed = replace(folio, titles=folio.titles[:2])
+    assert renamed.split(by="play")[1] == folio.text[folio.titles[1][0] :]

@@ -26,6 +26,50 @@ def test_ids_equal_those_of_a_dictionary(text: str) -> None:
     assert ids.tolist() == [stoi[character] for character in text]
 
 
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0x17F), min_size=1),
+    length=st.integers(2**12, 2**12 + 3),
+)
+def test_long_texts_are_encoded_as_short_ones_are(text: str, length: int) -> None:
+    long = (text * length)[:length]
+    tokenizer = CharTokenizer.from_text(text)
+    expected = np.resize(np.concatenate([tokenizer.encode(c) for c in text]), length)
+    np.testing.assert_array_equal(tokenizer.encode(long), expected)
+    assert tokenizer.decode(expected) == long
+
+
+@pytest.mark.parametrize("length", [5, 5001])
+@pytest.mark.parametrize("unknown", ["é", "€", "\U0001f600"])
+def test_unknown_characters_can_be_replaced(length: int, unknown: str) -> None:
+    tokenizer = CharTokenizer("abc")
+    text = "a" * (length - 2) + unknown + "c"
+    with pytest.raises(DataError, match=f"at position {length - 2} is not in the vocabulary"):
+        tokenizer.encode(text)
+    found = tokenizer.encode(text, replacement="b")
+    assert tokenizer.decode(found) == "a" * (length - 2) + "bc"
+
+
+@given(texts, texts)
+def test_a_replacement_stands_for_every_character_outside(known: str, text: str) -> None:
+    tokenizer = CharTokenizer.from_text(known)
+    expected = "".join(c if c in known else known[0] for c in text)
+    assert tokenizer.decode(tokenizer.encode(text, replacement=known[0])) == expected
+
+
+@pytest.mark.parametrize("replacement", ["", "ab", "z"])
+def test_a_replacement_outside_the_vocabulary_is_refused(replacement: str) -> None:
+    with pytest.raises(DataError, match="replacement must be one character of the vocabulary"):
+        CharTokenizer("abc").encode("abc", replacement=replacement)
+
+
+def test_an_unknown_character_far_into_a_text_is_named_with_its_place() -> None:
+    for text, place in (("a" * 200_000 + "é", 200_000), ("a" * 100_001 + "€a", 100_001)):
+        with pytest.raises(DataError, match=f"at position {place} is not"):
+            CharTokenizer("a").encode(text)
+    with pytest.raises(DataError, match="U\\+D800, at position 70000"):
+        CharTokenizer("a").encode("a" * 70_000 + "\ud800")
+
+
 @given(texts)
 def test_a_tokenizer_survives_json(text: str) -> None:
     tokenizer = CharTokenizer.from_text(text)

@@ -5,6 +5,14 @@ import tempfile
 from pathlib import Path
 
 
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a new file and wait until the disk has it. Raises `OSError`."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path`, then move into place. Raises `OSError`; what was there then stays."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

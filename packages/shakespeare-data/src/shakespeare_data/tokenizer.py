@@ -16,6 +16,9 @@ from shakespeare_data.errors import DataError
 
 MAX_VOCAB_SIZE = 2**16  # ids are uint16
 
+_PAIRS_FROM = 2**12  # characters from which a table of pairs pays
+_BLOCK = 2**15  # characters at a time: what is temporary stays in the cache
+
 
 @dataclass(frozen=True)
 class CharTokenizer:
@@ -65,20 +68,72 @@ class CharTokenizer:
         ids[self._codes] = np.arange(self.vocab_size, dtype=np.int32)
         return ids
 
-    def encode(self, text: str) -> NDArray[np.uint16]:
+    @cached_property
+    def _pairs(self) -> NDArray[np.uint32]:
+        """Two ids by two Latin-1 characters, each way as they lie in memory: one look-up for both.
+
+        A character outside the vocabulary has 2^16 - 1, which is no id: these are at most 256.
+        """
+        byte = np.full(256, 2**16 - 1, dtype=np.uint16)
+        codes = self._codes[self._codes < 256]
+        byte[codes] = np.arange(len(codes), dtype=np.uint16)
+        characters = np.arange(2**16, dtype="<u2").view(np.uint8)  # (2 * 2^16,)
+        return byte[characters].view(np.uint32)
+
+    def encode(self, text: str, *, replacement: str | None = None) -> NDArray[np.uint16]:
         """`text` as ids, uint16 `(len(text),)`.
 
-        Raises `DataError` for a character outside the vocabulary, with its position.
+        A character outside the vocabulary becomes `replacement`, a character of it. Without one
+        it raises `DataError`, with its position.
         """
-        codes = _code_points(text, "the text")
-        ids = np.take(self._ids, codes, mode="clip")
-        if ids.size and ids.min() < 0:
-            position = int(np.argmax(ids < 0))
+        ids = np.empty(len(text), dtype=np.uint16)
+        substitute = None if replacement is None else self._id(replacement)
+        if len(text) < _PAIRS_FROM or not self._encode_pairs(text, ids):
+            for start in range(0, len(text), _BLOCK):
+                block = slice(start, start + _BLOCK)
+                self._encode_block(text[block], ids[block], start, substitute)
+        return ids
+
+    def _encode_pairs(self, text: str, out: NDArray[np.uint16]) -> bool:
+        """Fill `out` by twos; false if `text` has a character beyond Latin-1 or the vocabulary."""
+        indices = np.empty(_BLOCK // 2, dtype=np.intp)
+        for start in range(0, len(text), _BLOCK):
+            try:
+                latin = text[start : start + _BLOCK].encode("latin-1")
+            except UnicodeEncodeError:
+                return False
+            pairs = np.frombuffer(latin, "<u2", len(latin) // 2)
+            stop = start + 2 * len(pairs)
+            indices[: len(pairs)] = pairs
+            ids = out[start:stop].view(np.uint32)
+            # "wrap" does without the pass that checks all indices; none is out of range
+            self._pairs.take(indices[: len(pairs)], out=ids, mode="wrap")
+            if len(latin) % 2:
+                alone = self._pairs[latin[-1] : latin[-1] + 1]  # as if U+0000 came after it
+                out[stop] = alone.view(np.uint16)[0]
+        return int(out.max()) < 2**16 - 1
+
+    def _encode_block(
+        self, text: str, out: NDArray[np.uint16], offset: int, substitute: int | None
+    ) -> None:
+        ids = np.take(self._ids, _code_points(text, "the text", offset), mode="clip")
+        if ids.min() < 0:
+            if substitute is None:
+                position = int(np.argmax(ids < 0))
+                raise DataError(
+                    f"{_named(text[position])} at position {offset + position} is not in the "
+                    f"vocabulary of {self.vocab_size} characters {self.vocab!r}"
+                )
+            ids[ids < 0] = substitute
+        out[:] = ids
+
+    def _id(self, replacement: str) -> int:
+        if len(replacement) != 1 or replacement not in self.vocab:
             raise DataError(
-                f"{_named(text[position])} at position {position} is not in the vocabulary of "
-                f"{self.vocab_size} characters {self.vocab!r}"
+                f"replacement must be one character of the vocabulary {self.vocab!r}, "
+                f"it is {replacement!r}"
             )
-        return ids.astype(np.uint16)
+        return self.vocab.index(replacement)
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         """The text of `ids`, integers `(T,)`. Raises `DataError` for an id out of range."""
@@ -90,12 +145,14 @@ class CharTokenizer:
                 f"ids must be a one-dimensional array of integers, "
                 f"got {array.dtype} of shape {array.shape}"
             )
-        outside = (array < 0) | (array >= self.vocab_size)
-        if outside.any():
-            position = int(np.argmax(outside))
+        if array.max() >= self.vocab_size or array.min() < 0:
+            position = int(np.argmax((array < 0) | (array >= self.vocab_size)))
             raise DataError(
                 f"id {array[position]} at position {position} is outside 0 to {self.vocab_size - 1}"
             )
+        if self._codes[-1] < 256:
+            latin: bytes = self._codes.astype(np.uint8)[array].tobytes()
+            return latin.decode("latin-1")
         text: bytes = self._codes[array].tobytes()
         return text.decode("utf-32-le")
 
@@ -139,13 +196,13 @@ class CharTokenizer:
             raise DataError(f"{path}: {error}") from error
 
 
-def _code_points(text: str, what: str) -> NDArray[np.uint32]:
+def _code_points(text: str, what: str, offset: int = 0) -> NDArray[np.uint32]:
     try:
         return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     except UnicodeEncodeError as error:
         raise DataError(
             f"{what} has a lone surrogate, U+{ord(text[error.start]):04X}, "
-            f"at position {error.start}; that is not a character"
+            f"at position {offset + error.start}; that is not a character"
         ) from error
 
 

