@@ -101,6 +101,13 @@ def measure(session: nox.Session) -> None:
     session.run("python", "packages/gpt-core/benchmarks/cpu.py", *session.posargs)
 
 
+@nox.session
+def corpora(session: nox.Session) -> None:
+    """Measure shakespeare-data's corpora: [parsing|similarity|partitions|mapped ...]."""
+    install(session, "packages/shakespeare-data[plays,torch]")
+    session.run("python", "packages/shakespeare-data/benchmarks/corpora.py", *session.posargs)
+
+
 def read_benchmarks(results: Path) -> list[dict]:
     return json.loads(results.read_text(encoding="utf-8"))["benchmarks"]
 

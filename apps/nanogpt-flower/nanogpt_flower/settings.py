@@ -49,7 +49,8 @@ class Settings:
     )
     seed: int = _key(1337, "a whole number from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
     corpus: str = _text(
-        "auto", '"auto", "tiny-shakespeare", "nine-plays", "none", or the path of a UTF-8 text file'
+        "auto",
+        '"auto", "tiny-shakespeare", "nine-plays", "plays", "none", or the path of a UTF-8 text',
     )
     device: str = _text("auto", '"auto", "cpu", "cuda" or "mps"')
     precision: str = _choice("auto", "auto", "fp32", "bf16")

@@ -23,7 +23,6 @@ ON_DISK = np.dtype("<u2")  # nanoGPT's .bin: ids without a header
 
 _STATE_VERSION = 1
 _RESIDENT_BYTES = 2**28  # of a mapped file, before its pages are given back to the system
-_BATCHES_PER_LOOK = 16
 
 Pair = tuple[NDArray[np.int64], NDArray[np.int64]]
 
@@ -61,7 +60,7 @@ class Batches:
       without waiting for the copy.
 
     `state_dict` and `load_state_dict` continue a sequence where it was. A file that is mapped
-    holds at most about 256 MiB of resident memory (Linux).
+    holds some 256 MiB of resident memory, and what one batch touches (Linux).
 
     Raises `DataError` for sizes that cannot work, a file that is no `.bin`, and when torch is asked
     for and not installed.
@@ -166,7 +165,7 @@ class Batches:
     def _draw(self) -> Any:
         if self._epochs is not None and self._drawn >= len(self):
             raise StopIteration
-        if self._pages is not None and self._drawn % _BATCHES_PER_LOOK == 0:
+        if self._pages is not None:
             self._pages.give_back()
         if self._epochs is None:
             pair = _gather(self._windows, self._batch_size, self._rng)

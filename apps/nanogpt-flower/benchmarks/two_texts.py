@@ -1,0 +1,23 @@
+"""The loss of one model on Tiny Shakespeare and on the nine plays, which stand in for it offline.
+
+    python benchmarks/two_texts.py runs/<run id>/model
+
+Tiny Shakespeare is read from the cache.
+"""
+
+import sys
+from pathlib import Path
+
+from gpt_core import Runtime, evaluate, from_pretrained
+from shakespeare_data import CharTokenizer, load_corpus, sequential_batches
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    model, runtime = from_pretrained(directory), Runtime.resolve()
+    tokenizer = CharTokenizer.load(directory / "tokenizer.json")
+    for name in ("tiny-shakespeare", "nine-plays"):
+        for side, text in zip(("train", "val"), load_corpus(name).split(), strict=True):
+            tokens = tokenizer.encode(text[-111_540:])  # as many characters of each
+            batches = sequential_batches(tokens, 16, model.config.block_size)
+            loss = evaluate(runtime.prepare(model), batches, runtime=runtime)
+            print(f"{name} {side}: {loss:.4f}", flush=True)
