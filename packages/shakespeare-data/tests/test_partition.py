@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -232,6 +233,13 @@ def test_a_part_says_whose_it_is_and_of_what(verses: Corpus) -> None:
     assert part.meta["options"]["window"] == 1024
 
 
+def test_numbers_of_numpy_are_numbers(folio: Corpus, tmp_path: Path) -> None:
+    one = partition(folio, np.int64(2), "dirichlet", np.uint32(3), alpha=np.float32(0.5))
+    other = partition(folio, 2, "dirichlet", 3, alpha=0.5)
+    one.write(tmp_path / "out")
+    assert owned(one) == owned(other)
+
+
 @pytest.mark.parametrize("client", [-1, 2])
 def test_a_client_that_does_not_exist_is_refused(verses: Corpus, client: int) -> None:
     with pytest.raises(DataError, match=f"from 0 to 1, it is {client}"):
@@ -241,21 +249,34 @@ def test_a_client_that_does_not_exist_is_refused(verses: Corpus, client: int) ->
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"num_partitions": 0}, "num_partitions must be at least 1, it is 0"),
-        ({"num_partitions": -1}, "num_partitions must be at least 1, it is -1"),
+        ({"num_partitions": 0}, "num_partitions must be a whole number of at least 1, it is 0"),
+        ({"num_partitions": -1}, "num_partitions must be a whole number of at least 1, it is -1"),
+        ({"num_partitions": 2.0}, "num_partitions must be a whole number .* it is 2.0"),
+        ({"seed": None}, "seed must be a whole number of at least 0, it is None"),
+        ({"scheme": "iid", "window": "wide"}, "window must be a whole number .* it is 'wide'"),
+        ({"scheme": "dirichlet", "alpha": "much"}, "alpha must be a number .* it is 'much'"),
         ({"scheme": "random"}, "scheme must be one of contiguous, iid, .*; it is 'random'"),
-        ({"seed": -1}, "seed must be at least 0, it is -1"),
-        ({"min_characters": 0}, "min_characters must be at least 1, it is 0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, it is -1"),
+        ({"min_characters": 0}, "min_characters must be a whole number of at least 1, it is 0"),
         ({"split": "half"}, "by must be 'end', 'play' or 'speech', it is 'half'"),
         ({"validation_fraction": 1}, "validation_fraction must be between 0 and 1, it is 1"),
         ({"alpha": 1.0}, "alpha belongs to dirichlet and quantity-skew, not to contiguous"),
         ({"window": 9}, "window belongs to iid and quantity-skew, not to contiguous"),
         ({"by": "play"}, "by belongs to dirichlet, not to contiguous"),
-        ({"scheme": "dirichlet", "alpha": 0.0}, "alpha must be above 0 and finite, it is 0.0"),
-        ({"scheme": "dirichlet", "alpha": float("nan")}, "alpha must be above 0 .* it is nan"),
-        ({"scheme": "dirichlet", "alpha": float("inf")}, "alpha must be above 0 .* it is inf"),
+        (
+            {"scheme": "dirichlet", "alpha": 0.0},
+            "alpha must be a number above 0 and finite, it is 0.0",
+        ),
+        (
+            {"scheme": "dirichlet", "alpha": float("nan")},
+            "alpha must be a number above 0 .* it is nan",
+        ),
+        (
+            {"scheme": "dirichlet", "alpha": float("inf")},
+            "alpha must be a number above 0 .* it is inf",
+        ),
         ({"scheme": "dirichlet", "by": "act"}, "by must be 'play' or 'speaker', it is 'act'"),
-        ({"scheme": "iid", "window": 0}, "window must be at least 1 character, it is 0"),
+        ({"scheme": "iid", "window": 0}, "window must be a whole number of at least 1, it is 0"),
     ],
 )
 def test_arguments_out_of_range_are_named(

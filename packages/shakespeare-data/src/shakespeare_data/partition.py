@@ -62,17 +62,12 @@ class Partition:
             raise DataError(f"partition_id must be from 0 to {len(self) - 1}, it is {client}")
         train, val = (_take(self._ids, side[client]) for side in (self.train, self.val))
         meta = {
-            "format_version": FORMAT_VERSION,
-            "scheme": self.scheme,
-            "seed": self.seed,
-            "options": dict(self.options),
+            **self._about(),
             "partition_id": client,
-            "num_partitions": len(self),
             "train_length": len(train),
             "val_length": len(val),
             "vocab_size": self.tokenizer.vocab_size,
             "vocab": self.tokenizer.vocab,
-            **self._provenance(),
         }
         return Part(train, val, self.tokenizer, f"{client} of {len(self)}", meta)
 
@@ -95,20 +90,18 @@ class Partition:
         All or nothing: an earlier federation there is replaced whole. Returns the parts'
         directories. Raises `DataError` for what is in the way or cannot be written.
         """
-        manifest = {
+        report = [asdict(described) for described in self.report()]
+        manifest = {**self._about(), "left_out": self.left_out, "parts": report}
+        return write_federation(self, manifest, output)
+
+    def _about(self) -> dict[str, Any]:
+        """What every part's `meta.json` and the report say alike."""
+        return {
             "format_version": FORMAT_VERSION,
             "scheme": self.scheme,
             "seed": self.seed,
             "options": dict(self.options),
             "num_partitions": len(self),
-            "left_out": self.left_out,
-            **self._provenance(),
-            "parts": [asdict(described) for described in self.report()],
-        }
-        return write_federation(self, manifest, output)
-
-    def _provenance(self) -> dict[str, str]:
-        return {
             "corpus": self.corpus.name,
             "corpus_sha256": self.corpus.sha256,
             "source": self.corpus.source,
@@ -181,14 +174,11 @@ def partition(
     Raises `DataError` for arguments that are out of range or of another scheme, and for a text that
     cannot give each client enough, naming a client and the sizes.
     """
-    if num_partitions < 1:
-        raise DataError(f"num_partitions must be at least 1, it is {num_partitions}")
     if scheme not in SCHEMES:
         raise DataError(f"scheme must be one of {', '.join(SCHEMES)}; it is {scheme!r}")
-    if seed < 0:
-        raise DataError(f"seed must be at least 0, it is {seed}")
-    if min_characters < 1:
-        raise DataError(f"min_characters must be at least 1, it is {min_characters}")
+    num_partitions = _whole("num_partitions", num_partitions, 1)
+    seed = _whole("seed", seed, 0)
+    min_characters = _whole("min_characters", min_characters, 1)
     options = _options(scheme, {"alpha": alpha, "by": by, "window": window})
     split = split or ("end" if scheme in ("contiguous", "iid", "quantity-skew") else "speech")
     sides = corpus.split_spans(validation_fraction, by=split)
@@ -212,6 +202,18 @@ def partition(
     )
 
 
+def _whole(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise DataError(f"{name} must be a whole number of at least {least}, it is {value!r}")
+    return int(value)
+
+
+def _concentration(alpha: float) -> float:
+    if isinstance(alpha, int | float | np.number) and 0 < alpha < np.inf:
+        return float(alpha)
+    raise DataError(f"alpha must be a number above 0 and finite, it is {alpha!r}")
+
+
 _DEFAULTS: dict[Scheme, dict[str, Any]] = {
     "contiguous": {},
     "iid": {"window": WINDOW},
@@ -231,10 +233,10 @@ def _options(scheme: Scheme, given: Mapping[str, Any]) -> dict[str, Any]:
             users = [scheme for scheme in SCHEMES if name in _DEFAULTS[scheme]]
             raise DataError(f"{name} belongs to {' and '.join(users)}, not to {scheme}")
         options[name] = value
-    if not 0 < (alpha := options.get("alpha", ALPHA)) < np.inf:
-        raise DataError(f"alpha must be above 0 and finite, it is {alpha}")
-    if (window := options.get("window", WINDOW)) < 1:
-        raise DataError(f"window must be at least 1 character, it is {window}")
+    if "alpha" in options:
+        options["alpha"] = _concentration(options["alpha"])
+    if "window" in options:
+        options["window"] = _whole("window", options["window"], 1)
     if (by := options.get("by", "play")) not in get_args(GroupBy):
         raise DataError(f"by must be 'play' or 'speaker', it is {by!r}")
     return options

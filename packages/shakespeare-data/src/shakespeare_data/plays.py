@@ -159,6 +159,10 @@ class _Words:
     lines: list[str] = field(default_factory=list)
     printed: list[str] = field(default_factory=list)  # the lines, and running heads among them
 
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+        self.printed.append(line)
+
 
 @dataclass
 class _OpenScene:
@@ -285,8 +289,7 @@ class _Reader:
     def _words(self, line: str) -> None:
         if self.tiny:
             if self._last and not self._unheard:
-                self._last.lines.append(line)
-                self._last.printed.append(line)
+                self._last.add(line)
             return
         scene = self._scene()
         empty = not scene.speeches and not scene.directions
@@ -294,8 +297,7 @@ class _Reader:
             scene.heading += f" {line}"
             return
         words = scene.speeches[-1] if scene.speeches else self._speech("")
-        words.lines.append(line)
-        words.printed.append(line)
+        words.add(line)
 
     def play(self) -> Play:
         acts = tuple(
