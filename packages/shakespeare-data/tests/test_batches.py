@@ -172,7 +172,7 @@ def test_a_restored_state_continues_the_sequence(
         ({"drawn": 32}, "drawn .* from 0 to 31, it is 32"),
         ({"drawn": "all"}, "drawn .* it is 'all'"),
         ({"rng": {"bit_generator": "MT19937"}}, "rng of the state of batches is no PCG64's"),
-        ({"more": 1}, "must have "),
+        ({"more": 1}, "lacking or unknown: more"),
     ],
 )
 def test_a_state_of_other_batches_is_refused_and_changes_nothing(
@@ -185,7 +185,7 @@ def test_a_state_of_other_batches_is_refused_and_changes_nothing(
 
 
 def test_a_state_that_is_no_state_is_refused() -> None:
-    with pytest.raises(DataError, match="must have"):
+    with pytest.raises(DataError, match="must be a dict, it is list"):
         Batches(TOKENS, 4, 8, seed=1).load_state_dict([])  # type: ignore[arg-type]
 
 

@@ -126,8 +126,13 @@ class Batches:
         Raises `DataError` naming what differs; this object is then as it was.
         """
         expected = self._state()
-        if not isinstance(state, dict) or state.keys() != expected.keys():
-            raise DataError(f"the state of batches must have {sorted(expected)}, it is {state!r}")
+        if not isinstance(state, dict):
+            raise DataError(f"the state of batches must be a dict, it is {type(state).__name__}")
+        if differing := expected.keys() ^ state.keys():
+            raise DataError(
+                f"the state of batches must have {', '.join(sorted(expected))} and no more; "
+                f"lacking or unknown: {', '.join(sorted(map(str, differing)))}"
+            )
         for key in expected.keys() - {"drawn", "rng"}:
             if state[key] != expected[key]:
                 raise DataError(
