@@ -61,7 +61,8 @@ def test_every_window_is_sampled_sooner_or_later() -> None:
 
 
 def test_batches_are_tensors_of_the_windows_in_the_generators_order() -> None:
-    batches, rng = Batches(TOKENS, 8, 16, seed=(1, 2)), np.random.default_rng((1, 2))
+    batches = Batches(TOKENS, 8, 16, seed=(1, 2))
+    rng = np.random.default_rng(np.random.SeedSequence(1, spawn_key=(2,)))
     for _ in range(3):
         x, y = next(batches)
         expected = naive_windows(TOKENS, 8, 16, rng)
@@ -83,7 +84,29 @@ def test_batches_depend_on_each_number_of_the_seed() -> None:
         return x.tolist()
 
     assert first((3, 0, 1)) == first((3, 0, 1))
-    assert len({str(first(seed)) for seed in (3, (3, 0, 1), (3, 1, 1), (3, 0, 2), (4, 0, 1))}) == 5
+    # numpy's SeedSequence takes those that differ by zeros at the end for one
+    seeds = (3, (3, 0), (3, 0, 0), (3, 0, 1), (3, 1, 1), (3, 0, 2), (4, 0, 1))
+    assert len({str(first(seed)) for seed in seeds}) == len(seeds)
+
+
+def test_an_epoch_is_not_the_first_of_another_seed() -> None:
+    def order(seed: int | tuple[int, ...], epochs: int) -> list[list[int]]:
+        batches = Batches(TOKENS, 4, 8, seed=seed, epochs=epochs, return_tensors="np")
+        return [x.tolist() for x, _ in batches][-31:]
+
+    assert order(5, 3) != order((5, 2), 1)
+
+
+def test_sizes_of_numpy_make_a_state_for_json() -> None:
+    batches = Batches(TOKENS, np.int64(4), np.int64(8), seed=np.uint32(1), epochs=np.int64(2))
+    assert json.loads(json.dumps(batches.state_dict())) == batches.state_dict()
+
+
+@pytest.mark.parametrize("device", ["cuda", "no such device"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA can be used here")
+def test_a_device_that_cannot_be_used_is_named_at_once(device: str) -> None:
+    with pytest.raises(DataError, match=f"device is '{device}', which torch cannot use here: "):
+        Batches(TOKENS, 4, 8, seed=1, device=device)
 
 
 def test_batches_from_a_memory_mapped_file_equal_those_from_memory(tmp_path: Path) -> None:
@@ -119,7 +142,8 @@ def test_each_epoch_is_a_permutation_of_its_own() -> None:
     assert len(rows[0]) == 124
     windows = TOKENS[: 124 * 8].reshape(-1, 8)
     for epoch, found in enumerate(rows):
-        order = np.random.default_rng((1, 2, epoch)).permutation(124)
+        seed = np.random.SeedSequence(1, spawn_key=(2, epoch))
+        order = np.random.default_rng(seed).permutation(124)
         np.testing.assert_array_equal(found, windows[order])
 
 
@@ -252,7 +276,7 @@ def test_a_large_mapped_file_gives_its_pages_back(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, or None for no end, it is 0"),
+        ({"epochs": 0}, "epochs must be a whole number of at least 1, it is 0"),
         ({"return_tensors": "jax"}, "return_tensors must be 'pt' or 'np', it is 'jax'"),
         (
             {"return_tensors": "np", "device": "cuda"},
@@ -295,9 +319,9 @@ CALLS = {
 @pytest.mark.parametrize(
     ("tokens", "batch_size", "block_size", "message"),
     [
-        (TOKENS, 0, 8, "batch_size must be at least 1, it is 0"),
-        (TOKENS, -3, 8, "batch_size must be at least 1, it is -3"),
-        (TOKENS, 1, 0, "block_size must be at least 1, it is 0"),
+        (TOKENS, 0, 8, "batch_size must be a whole number of at least 1, it is 0"),
+        (TOKENS, -3, 8, "batch_size must be a whole number of at least 1, it is -3"),
+        (TOKENS, 1, 0, "block_size must be a whole number of at least 1, it is 0"),
         (TOKENS, 1, 1000, "block_size 1000 needs at least 1001 tokens, there are 1000"),
         (TOKENS[:0], 1, 1, "block_size 1 needs at least 2 tokens, there are 0"),
         (TOKENS.astype(float), 1, 8, "array of integers, got float64"),
@@ -311,9 +335,9 @@ def test_sizes_that_cannot_work_are_refused_at_the_call(
         call(tokens, batch_size, block_size)
 
 
-@pytest.mark.parametrize("seed", [None, -1, (1, -1), "one"])
+@pytest.mark.parametrize("seed", [None, -1, (1, -1), "one", (), 1.5, (1, 2**32), [[1]]])
 def test_a_seed_that_is_none_is_refused(seed: int) -> None:
-    with pytest.raises(DataError, match="seed must be integers of at least 0"):
+    with pytest.raises(DataError, match="seed must be an integer of at least 0, or several"):
         Batches(TOKENS, 1, 8, seed=seed)
 
 

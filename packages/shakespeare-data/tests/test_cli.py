@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def test_partition_writes_the_parts_and_prints_their_sizes(
         assert row.split()[:4] == [str(i), f"{len(part.train):,}", f"{len(part.val):,}", "7"]
     assert len(rows) == 2
     assert "contiguous: 0.0% of the text left out" in summary
-    assert where == f"written to {output}/shakespeare_part_0 … 1"
+    assert where == f"written to {output}: shakespeare_part_0 to shakespeare_part_1"
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -113,6 +114,22 @@ def test_plot_without_matplotlib_names_it(
     arguments = ["plot", "--corpus", verses, "--num-partitions", "2", "--output", "x.png"]
     assert main(arguments) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_a_terminal_without_the_texts_characters_is_no_error() -> None:
+    command = [Path(sys.executable).with_name("shakespeare-data"), "info", "--corpus", "plays"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert "\\u2014" in told.stdout  # the dash
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux'")
+def test_output_that_cannot_be_written_is_one_line(verses: str) -> None:
+    command = [Path(sys.executable).with_name("shakespeare-data"), "info", "--corpus", verses]
+    with Path("/dev/full").open("w") as full:
+        told = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert told.returncode == 2
+    assert told.stderr == "shakespeare-data: error: cannot print: No space left on device\n"
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(verses: str) -> None:

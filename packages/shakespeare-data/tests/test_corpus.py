@@ -50,7 +50,9 @@ def test_a_file_no_model_can_learn_from_is_refused(
     assert str(path) in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["tiny_shakespeare", "", "~nobody-at-all/x", "x" * 5000, "a\\0b"])
+@pytest.mark.parametrize(
+    "name", ["tiny_shakespeare", "", "~nobody-at-all/x", "x" * 5000, "a\\0b", "/dev/null"]
+)
 def test_an_unknown_corpus_is_answered_with_the_names_that_exist(name: str) -> None:
     with pytest.raises(DataError, match="'auto', 'tiny-shakespeare', 'nine-plays'"):
         load_corpus(name)
@@ -120,6 +122,12 @@ def test_a_split_by_play_takes_the_last_plays(folio: Corpus) -> None:
         assert len(train) == starts[first]
 
 
+def test_a_split_by_speech_has_no_larger_fraction_than_half(folio: Corpus) -> None:
+    assert len(folio.split(0.5, by="speech")[1]) == pytest.approx(len(folio.text) / 2, rel=0.05)
+    with pytest.raises(DataError, match=r"must be at most 0\.5"):
+        folio.split(0.6, by="speech")
+
+
 def test_a_split_of_too_few_speeches_is_refused(make_corpus: MakeCorpus) -> None:
     with pytest.raises(DataError, match="has 2 speeches, too few to take every 10th"):
         make_corpus("One.\n\nTwo.").split(by="speech")
@@ -133,7 +141,12 @@ def test_a_corpus_cannot_be_changed(folio: Corpus) -> None:
 
 
 def test_the_files_of_a_directory_are_one_play_each(tmp_path: Path) -> None:
-    for name, text in {"b.txt": "BOB:\nTwo.", "a.txt": "ANN:\nOne.", "notes.md": "no"}.items():
+    for name, text in {
+        "b.TXT": "BOB:\nTwo.",
+        ".c.txt": "no",
+        "a.txt": "ANN:\nOne.",
+        "notes.md": "no",
+    }.items():
         (tmp_path / name).write_text(text)
     corpus = load_corpus(str(tmp_path))
     assert corpus.text == "ANN:\nOne.\nBOB:\nTwo."

@@ -258,14 +258,14 @@ def test_a_client_that_does_not_exist_is_refused(verses: Corpus, client: int) ->
         ({"scheme": "random"}, "scheme must be one of contiguous, iid, .*; it is 'random'"),
         ({"seed": -1}, "seed must be a whole number of at least 0, it is -1"),
         ({"min_characters": 0}, "min_characters must be a whole number of at least 1, it is 0"),
-        ({"split": "half"}, "by must be 'end', 'play' or 'speech', it is 'half'"),
+        ({"split": "half"}, "split must be one of end, play, speech; it is 'half'"),
         ({"validation_fraction": 1}, "validation_fraction must be between 0 and 1, it is 1"),
         ({"alpha": 1.0}, "alpha belongs to dirichlet and quantity-skew, not to contiguous"),
         ({"window": 9}, "window belongs to iid and quantity-skew, not to contiguous"),
         ({"by": "play"}, "by belongs to dirichlet, not to contiguous"),
         (
             {"scheme": "dirichlet", "alpha": 0.0},
-            "alpha must be a number above 0 and finite, it is 0.0",
+            "alpha must be a number above 0 and at most 1e\\+09, it is 0.0",
         ),
         (
             {"scheme": "dirichlet", "alpha": float("nan")},
@@ -291,12 +291,12 @@ def test_more_clients_than_the_text_can_feed_are_refused_with_sizes(
     folio: Corpus, scheme: Any
 ) -> None:
     with pytest.raises(DataError) as raised:
-        partition(folio, 40, scheme, min_characters=200)
+        partition(folio, 40, scheme, min_characters=100)
     message = str(raised.value)
     if scheme == "by-speaker":
-        assert "of the 7 roles of folio, 0 have at least min_characters 200" in message
+        assert "of the 7 roles of folio, 2 have at least min_characters 100" in message
     else:
-        assert "min_characters asks for 200" in message
+        assert "min_characters asks for 100" in message
         assert "of 40" in message
         assert "train/val characters are, from the smallest on, client " in message
 
@@ -315,9 +315,23 @@ def test_the_error_says_how_many_clients_the_text_allows(make_corpus: MakeCorpus
         partition(corpus, 4, min_characters=200)
 
 
-def test_a_text_outside_the_vocabulary_is_refused(make_corpus: MakeCorpus) -> None:
+def test_more_characters_than_the_text_has_are_refused(folio: Corpus) -> None:
+    for request in ({"num_partitions": 10**12}, {"num_partitions": 2, "min_characters": 2**62}):
+        with pytest.raises(DataError, match="cannot be had from the 4730 characters of folio"):
+            partition(folio, scheme="quantity-skew", **request)
+
+
+def test_a_text_outside_the_vocabulary_is_refused_at_once(make_corpus: MakeCorpus) -> None:
     with pytest.raises(DataError, match="not in the vocabulary"):
-        _ = partition(make_corpus("abc" * 100), 2, tokenizer=CharTokenizer("ab"))[0]
+        partition(make_corpus("abc" * 100), 2, tokenizer=CharTokenizer("ab"))
+
+
+def test_what_others_share_cannot_be_changed(folio: Corpus) -> None:
+    for scheme in SCHEMES:
+        divided = partition(folio, 2, scheme)
+        for shared in (divided[0].train, divided[0].val, divided.train[0], folio.speech_starts):
+            with pytest.raises(ValueError, match="read-only"):
+                shared[0] = 0
 
 
 def test_one_play_cannot_be_split_by_play(verses: Corpus, folio: Corpus) -> None:

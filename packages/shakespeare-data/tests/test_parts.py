@@ -26,8 +26,7 @@ def tokenizer(verses: Corpus) -> CharTokenizer:
 
 
 def names(directory: Path) -> set[str]:
-    """What lies there, but for the lock."""
-    return {entry.name for entry in directory.iterdir() if not entry.name.endswith(".lock")}
+    return {entry.name for entry in directory.iterdir()}
 
 
 def test_written_parts_equal_those_in_memory(
@@ -93,14 +92,53 @@ def test_writing_again_replaces_the_federation_whole(
     assert read_part(tmp_path / "out" / "shakespeare_part_0").tokenizer.vocab == "xy"
 
 
-@pytest.mark.parametrize("entry", ["notes.txt", "shakespeare_part_9"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "notes.txt",
+        "shakespeare_part_9",
+        "shakespeare_part_0/checkpoint.pt",
+        "shakespeare_part_notes/meta.json",
+        "shakespeare_part_1/meta.json",
+        "partition.json",
+    ],
+)
 def test_what_is_no_federation_is_not_replaced(verses: Corpus, tmp_path: Path, entry: str) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / entry).write_text("mine")
-    with pytest.raises(DataError, match=f"holds '{entry}', which is no part of a federation"):
-        partition(verses, 2).write(tmp_path / "out")
-    assert (tmp_path / "out" / entry).read_text() == "mine"
+    output = tmp_path / "out"
+    partition(verses, 1).write(output)
+    (output / entry).parent.mkdir(exist_ok=True)
+    (output / entry).write_text('{"format_version": "mine"}')
+    with pytest.raises(DataError, match=r"holds '.*', which is no part of a federation"):
+        partition(verses, 2).write(output)
+    assert (output / entry).read_text() == '{"format_version": "mine"}'
     assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["there", "dangling"])
+def test_what_a_link_points_to_is_written_and_the_link_stays(
+    verses: Corpus, tmp_path: Path, made: bool
+) -> None:
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    if made:
+        real.mkdir(parents=True)
+    link.symlink_to(real)
+    for _ in range(2):
+        partition(verses, 2).write(link)
+        assert link.is_symlink()
+        assert read_part(real / "shakespeare_part_1").meta["num_partitions"] == 2
+    assert names(tmp_path) == {"disk", "link"}
+    assert names(real.parent) == {"real"}
+
+
+@pytest.mark.parametrize("output", [".", "..", "/", ""])
+def test_the_current_directory_is_not_replaced(
+    verses: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(DataError, match=r"the current directory is in it|the output is empty"):
+        partition(verses, 2).write(output)
+    assert names(tmp_path) == {"here"}
 
 
 def test_a_file_in_the_place_of_the_output_is_not_replaced(verses: Corpus, tmp_path: Path) -> None:
@@ -252,6 +290,9 @@ def test_a_missing_file_is_named(part_directory: Path, name: str) -> None:
         pytest.param(lambda _: b"", "is empty, expected ids of 2 bytes", id="empty"),
         pytest.param(lambda content: content[:-1], "need an even number", id="odd"),
         pytest.param(lambda content: content[:-2], "ids, meta.json says", id="truncated"),
+        pytest.param(
+            lambda content: bytes(len(content)), "was altered: its SHA-256 is", id="zeros"
+        ),
         pytest.param(
             lambda content: content[:-2] + b"\xff\x01", "has the id 511, .* 0 to ", id="foreign"
         ),

@@ -88,7 +88,7 @@ def test_markdown_becomes_acts_scenes_and_speeches() -> None:
     (act,) = play.acts
     assert (act.heading, len(act.scenes)) == ("ACT I", 3)
     assert [scene.directions for scene in act.scenes] == [
-        ("Enter A, with others", "Exit", "[Aside]", "Exeunt"),
+        ("Enter A, with others", "[Pointing]", "Exit", "[Aside]", "Exeunt"),
         (),
         ("[Within]", "Exit."),
     ]
@@ -176,7 +176,25 @@ def test_plain_text_and_markdown_give_the_same_speeches() -> None:
         assert (one.role, one.lines, one.text) == (other.role, other.lines, other.text)
 
 
-paragraphs = st.text(st.sampled_from("ab:\n\r é"), max_size=60)
+def test_a_name_has_one_spelling_in_a_play() -> None:
+    text = "NURSE:\nA.\n\nNurse:\nB.\n\nNurse:\nC.\n\nLADY  CAPULET:\nD.\n\nLady Capulet:\nE.\n\n"
+    (by_text,) = parse_text(text, [(0, "own")])
+    by_markdown = parse_markdown(re.sub(r"(?m)^(.*):$", r"**\1**", text), "own")
+    for play in (by_text, by_markdown):
+        speakers = [speech.speaker for speech in play.speeches]
+        assert speakers == ["Nurse", "Nurse", "Nurse", "LADY  CAPULET", "LADY  CAPULET"]
+        assert next(play.speeches).text == "NURSE:\nA.\n\n"  # as it is printed
+
+
+def test_a_line_of_blanks_is_empty_and_a_form_feed_is_none() -> None:
+    (play,) = parse_text("ANN:\nhi\n \t\nBOB:\na\u2028b\x0cc\n", [(0, "own")])
+    assert [(s.speaker, s.lines) for s in play.speeches] == [
+        ("ANN", ("hi",)),
+        ("BOB", ("a\u2028b\x0cc",)),
+    ]
+
+
+paragraphs = st.text(st.sampled_from("ab:\n\r \té\u2028"), max_size=60)
 
 
 @given(paragraphs, paragraphs)

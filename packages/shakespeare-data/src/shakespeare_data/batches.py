@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from shakespeare_data.errors import DataError
+from shakespeare_data.errors import DataError, whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,8 @@ class Batches:
 
     - `source`: ids `(N,)` in an array, which may be memory-mapped and larger than memory, or the
       path of a `.bin` of little-endian uint16 ids, which is then mapped.
-    - `seed`: an int or several, such as `(seed, client, round)`; none negative.
+    - `seed`: an int or several, such as `(seed, client, round)`; none negative, those after the
+      first below 2^32. Other seeds give other sequences: `1`, `(1, 0)` and `(1, 0, 0)` are three.
     - `epochs`: None for endless random windows; else that many passes over the non-overlapping
       windows, each pass in another order. The last batch of a pass may have fewer rows; up to
       `block_size - 1` tokens at the end fill no window and are left out.
@@ -59,7 +60,8 @@ class Batches:
     - `device`: where tensors go. They are drawn a batch ahead; for CUDA through pinned memory,
       without waiting for the copy.
 
-    `state_dict` and `load_state_dict` continue a sequence where it was. A file that is mapped
+    It is its own iterator, which goes on where it was and, after its epochs, stays at its end.
+    `state_dict` and `load_state_dict` continue a sequence. A file that is mapped
     holds some 256 MiB of resident memory, and what one batch touches (Linux).
 
     Raises `DataError` for sizes that cannot work, a file that is no `.bin`, and when torch is asked
@@ -79,20 +81,20 @@ class Batches:
     ) -> None:
         tokens = map_tokens(Path(source)) if isinstance(source, str | Path) else source
         _check(tokens, batch_size, block_size)
-        if epochs is not None and epochs < 1:
-            raise DataError(f"epochs must be at least 1, or None for no end, it is {epochs}")
+        if epochs is not None:
+            epochs = whole_number("epochs", epochs, 1)
         if return_tensors not in ("pt", "np"):
             raise DataError(f"return_tensors must be 'pt' or 'np', it is {return_tensors!r}")
         if device is not None and return_tensors != "pt":
             raise DataError(f"device is {str(device)!r}, which needs return_tensors='pt'")
         self._tokens = tokens
-        self._batch_size = batch_size
-        self._block_size = block_size
-        self._rng = _rng(seed)
-        self._seed = [int(number) for number in np.atleast_1d(seed)]
+        self._batch_size = int(batch_size)
+        self._block_size = int(block_size)
+        self._seed = _integers(seed)
+        self._rng = _rng(self._seed)
         self._epochs = epochs
         self._torch = _torch() if return_tensors == "pt" else None
-        self._device = device
+        self._device = None if device is None else _usable(self._torch, device)
         self._drawn = 0
         self._ahead: list[tuple[dict[str, Any], Any]] = []  # at most one: state before it, batch
         self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch and its windows
@@ -147,7 +149,7 @@ class Batches:
         rng = _rng(self._seed)
         try:
             rng.bit_generator.state = state["rng"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise DataError(f"rng of the state of batches is no PCG64's: {error}") from error
         self._rng, self._drawn, self._ahead = rng, drawn, []
 
@@ -182,7 +184,7 @@ class Batches:
     def _of_epoch(self, epoch: int, batch: int) -> Pair:
         if self._order is None or self._order[0] != epoch:
             num_windows = _num_windows(self._tokens, self._block_size)
-            self._order = epoch, _rng([*self._seed, epoch]).permutation(num_windows)
+            self._order = epoch, _rng(self._seed, epoch).permutation(num_windows)
         chosen = self._order[1][batch * self._batch_size : (batch + 1) * self._batch_size]
         rows = self._windows[chosen * self._block_size]
         return rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
@@ -192,10 +194,8 @@ class Batches:
         tensor: torch.Tensor = self._torch.from_numpy(array)
         if self._device is None:
             return tensor
-        device = self._torch.device(self._device)
-        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(
-            device, non_blocking=True
-        )
+        pinned = tensor.pin_memory() if self._device.type == "cuda" else tensor
+        return pinned.to(self._device, non_blocking=True)
 
 
 def sequential_batches(
@@ -282,10 +282,8 @@ def _check(tokens: NDArray[Any], batch_size: int, block_size: int) -> None:
             f"tokens must be a one-dimensional array of integers, "
             f"got {tokens.dtype} of shape {tokens.shape}"
         )
-    if batch_size < 1:
-        raise DataError(f"batch_size must be at least 1, it is {batch_size}")
-    if block_size < 1:
-        raise DataError(f"block_size must be at least 1, it is {block_size}")
+    whole_number("batch_size", batch_size, 1)
+    whole_number("block_size", block_size, 1)
     if len(tokens) < block_size + 1:
         raise DataError(
             f"block_size {block_size} needs at least {block_size + 1} tokens, "
@@ -293,14 +291,21 @@ def _check(tokens: NDArray[Any], batch_size: int, block_size: int) -> None:
         )
 
 
-def _rng(seed: int | Sequence[int]) -> np.random.Generator:
-    refusal = f"seed must be integers of at least 0, it is {seed!r}"
-    if seed is None:  # numpy would take one from the system
-        raise DataError(refusal)
-    try:
-        return np.random.default_rng(seed)
-    except (ValueError, TypeError) as error:
-        raise DataError(refusal) from error
+def _rng(seed: Sequence[int], *more: int) -> np.random.Generator:
+    # as a spawn key, since SeedSequence takes (1,), (1, 0) and (1, 0, 0) for the same entropy
+    return np.random.default_rng(np.random.SeedSequence(seed[0], spawn_key=(*seed[1:], *more)))
+
+
+def _integers(seed: int | Sequence[int]) -> list[int]:
+    numbers = [seed] if isinstance(seed, int | np.integer) else seed
+    if isinstance(numbers, Sequence) and not isinstance(numbers, str) and len(numbers):
+        whole = all(isinstance(number, int | np.integer) for number in numbers)
+        if whole and min(numbers) >= 0 and max(numbers[1:], default=0) < 2**32:
+            return [int(number) for number in numbers]
+    raise DataError(
+        "seed must be an integer of at least 0, or several of which those after the first are "
+        f"below 2^32; it is {seed!r}"
+    )
 
 
 def _torch() -> Any:
@@ -311,3 +316,16 @@ def _torch() -> Any:
             "batches of tensors need torch: pip install torch (NumPy arrays: return_tensors='np')"
         ) from error
     return torch
+
+
+def _usable(torch: Any, device: "str | torch.device") -> Any:
+    """The device, which has held a tensor."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"device is {str(device)!r}, which torch cannot use here: {reason}"
+        ) from error
+    return found

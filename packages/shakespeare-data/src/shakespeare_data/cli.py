@@ -1,6 +1,8 @@
 """`shakespeare-data`: look at a corpus, and divide it among the clients of a federation."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -30,14 +32,22 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 after an error that stderr explains."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character of the text
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
     except DataError as error:
         print(f"shakespeare-data: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        sys.stderr.close()  # or Python complains when it flushes at its end
+    except OSError as error:  # of stdout; those of files are DataErrors
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 or Python fails at its end again
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
+            return 0
+        print(f"shakespeare-data: error: cannot print: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -73,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parts.add_argument(
         "--output",
         type=_path,
-        help="directory to write shakespeare_part_0, … and partition.json to (else only a report)",
+        help="directory for shakespeare_part_0, ... and partition.json (else only a report)",
     )
     parts.set_defaults(run=_partition)
 
@@ -171,7 +181,8 @@ def _partition(options: argparse.Namespace) -> None:
     if options.output is None:
         print("nothing was written; --output DIRECTORY writes the parts")
     else:
-        print(f"written to {options.output}/shakespeare_part_0 … {len(divided) - 1}")
+        last = f" to shakespeare_part_{len(divided) - 1}" if len(divided) > 1 else ""
+        print(f"written to {options.output}: shakespeare_part_0{last}")
 
 
 def _show(options: argparse.Namespace) -> None:

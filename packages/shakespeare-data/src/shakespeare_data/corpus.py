@@ -7,7 +7,7 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ _PUBLIC_DOMAIN = "Shakespeare's text is in the public domain"
 
 CORPORA = ("auto", "tiny-shakespeare", "nine-plays", "plays")  # names; all else is a path
 
+AnyScalar = TypeVar("AnyScalar", bound=np.generic)
 SplitBy = Literal["end", "play", "speech"]
 Spans = NDArray[np.int64]  # (k, 2): start and stop of stretches of a text, in order, disjoint
 
@@ -64,7 +65,7 @@ class Corpus:
     def speech_starts(self) -> NDArray[np.int64]:
         """Where each speech begins in `text`, and the end of the last: int64 `(speeches + 1,)`."""
         lengths = [len(speech.text) for speech in self.speeches]
-        return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return read_only(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
     def split(self, validation_fraction: float = 0.1, *, by: SplitBy = "end") -> tuple[str, str]:
         """Training and validation text: the two sides of `split_spans`."""
@@ -77,7 +78,8 @@ class Corpus:
         - `"end"`: the last `validation_fraction` of the characters validates, as in nanoGPT;
         - `"play"`: the last plays do, as many as come closest to it, at least one;
         - `"speech"`: every n-th speech of each role does, n being `1 / validation_fraction`
-          rounded; each role begins to count elsewhere, so that small roles give as much in all.
+          rounded, at least 2; each role begins to count elsewhere, so that small roles give as
+          much in all.
 
         Raises `DataError` for a fraction that is not between 0 and 1, a `by` that is not known, and
         a text that has too few plays or speeches to have both sides.
@@ -91,7 +93,12 @@ class Corpus:
         if by == "play":
             return self._split_at(self._last_plays(validation_fraction))
         if by == "speech":
-            return self._split_speeches(max(2, round(1 / validation_fraction)))
+            if validation_fraction > 0.5:
+                raise DataError(
+                    "validation_fraction must be at most 0.5 where every n-th speech validates, "
+                    f"it is {validation_fraction}"
+                )
+            return self._split_speeches(round(1 / validation_fraction))
         raise DataError(f"by must be 'end', 'play' or 'speech', it is {by!r}")
 
     def text_of(self, spans: Spans) -> str:
@@ -117,7 +124,8 @@ class Corpus:
             counts[speech.role] = count + 1
         if not 0 < validates.sum() < len(validates):
             raise DataError(
-                f"{self.name} has {len(self.speeches)} speeches, too few to take every {every}th"
+                f"{self.name} has {len(self.speeches)} speeches, too few to take every {every}th; "
+                "a split by 'end' needs none"
             )
         return Split(self.spans_of(~validates), self.spans_of(validates))
 
@@ -125,6 +133,11 @@ class Corpus:
         """The stretches that the chosen speeches make, bool `(speeches,)`; neighbours are one."""
         starts = self.speech_starts
         return merged(np.stack([starts[:-1][chosen], starts[1:][chosen]], axis=1))
+
+
+def read_only(array: NDArray[AnyScalar]) -> NDArray[AnyScalar]:
+    array.flags.writeable = False
+    return array
 
 
 def merged(spans: Spans) -> Spans:
@@ -218,7 +231,7 @@ def _users(name: str) -> Corpus:
 def _existing(name: str) -> Path | None:
     try:
         path = Path(name).expanduser()
-        return path if name and path.exists() else None
+        return path if name and (path.is_file() or path.is_dir()) else None
     except (OSError, RuntimeError, ValueError):  # too long, no such ~user, a null character
         return None
 

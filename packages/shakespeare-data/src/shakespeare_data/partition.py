@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from shakespeare_data.corpus import Corpus, Spans, SplitBy, merged
-from shakespeare_data.errors import DataError
-from shakespeare_data.parts import FORMAT_VERSION, Part, write_federation
+from shakespeare_data.corpus import Corpus, Spans, SplitBy, merged, read_only
+from shakespeare_data.errors import DataError, whole_number
+from shakespeare_data.parts import FORMAT_VERSION, Part, ids_sha256, write_federation
 from shakespeare_data.tokenizer import CharTokenizer
 
 Scheme = Literal["contiguous", "iid", "by-play", "by-speaker", "dirichlet", "quantity-skew"]
@@ -24,6 +24,7 @@ GroupBy = Literal["play", "speaker"]
 
 WINDOW = 1024  # characters that stay together when a text is shuffled
 ALPHA = 0.5
+_EVEN = 1e9  # an alpha that makes all shares equal to nine digits
 _DRAWS = 100  # of a Dirichlet distribution, until no client has too little
 _NAMED_SIZES = 8  # smallest clients that an error names
 
@@ -60,12 +61,14 @@ class Partition:
         """The part of `client`, from 0. Raises `DataError` if there is none."""
         if not 0 <= client < len(self):
             raise DataError(f"partition_id must be from 0 to {len(self) - 1}, it is {client}")
-        train, val = (_take(self._ids, side[client]) for side in (self.train, self.val))
+        train, val = (_take(self.ids, side[client]) for side in (self.train, self.val))
         meta = {
             **self._about(),
-            "partition_id": client,
+            "partition_id": int(client),
             "train_length": len(train),
             "val_length": len(val),
+            "train_sha256": ids_sha256(train),
+            "val_sha256": ids_sha256(val),
             "vocab_size": self.tokenizer.vocab_size,
             "vocab": self.tokenizer.vocab,
         }
@@ -110,11 +113,12 @@ class Partition:
         }
 
     @cached_property
-    def _ids(self) -> NDArray[np.uint16]:
-        return self.tokenizer.encode(self.corpus.text)
+    def ids(self) -> NDArray[np.uint16]:
+        """The whole text as ids, uint16 `(characters,)`, read-only: parts are views of it."""
+        return read_only(self.tokenizer.encode(self.corpus.text))
 
     def _characters(self, spans: Spans) -> NDArray[np.int64]:
-        return np.bincount(_take(self._ids, spans), minlength=self.tokenizer.vocab_size)
+        return np.bincount(_take(self.ids, spans), minlength=self.tokenizer.vocab_size)
 
     def _describe(self, client: int, whole: NDArray[np.int64]) -> PartReport:
         spans = np.concatenate([self.train[client], self.val[client]])
@@ -152,6 +156,9 @@ def partition(
 ) -> Partition:
     """Divide `corpus` among `num_partitions` clients; equal arguments give equal parts.
 
+    `seed` decides all draws; `"contiguous"` has none, and in `"by-play"` it says only which client
+    gets which share.
+
     The text is first split into training and validation (`Corpus.split_spans`), then each side is
     divided, so that no client trains on what another validates on.
 
@@ -176,17 +183,25 @@ def partition(
     """
     if scheme not in SCHEMES:
         raise DataError(f"scheme must be one of {', '.join(SCHEMES)}; it is {scheme!r}")
-    num_partitions = _whole("num_partitions", num_partitions, 1)
-    seed = _whole("seed", seed, 0)
-    min_characters = _whole("min_characters", min_characters, 1)
+    num_partitions = whole_number("num_partitions", num_partitions, 1)
+    seed = whole_number("seed", seed, 0)
+    min_characters = whole_number("min_characters", min_characters, 1)
     options = _options(scheme, {"alpha": alpha, "by": by, "window": window})
-    split = split or ("end" if scheme in ("contiguous", "iid", "quantity-skew") else "speech")
+    if split is None:
+        split = "end" if scheme in ("contiguous", "iid", "quantity-skew") else "speech"
+    if split not in get_args(SplitBy):
+        raise DataError(f"split must be one of {', '.join(get_args(SplitBy))}; it is {split!r}")
+    if num_partitions * min_characters > len(corpus.text):
+        raise DataError(
+            f"{num_partitions} clients of at least min_characters {min_characters} cannot be had "
+            f"from the {len(corpus.text)} characters of {corpus.name}"
+        )
     sides = corpus.split_spans(validation_fraction, by=split)
     request = _Request(corpus, num_partitions, min_characters, seed, **options)
     shares = _DIVIDE[scheme](request, sides)
     _check_sizes(request, scheme, shares)
     train, val = (side.by_client(num_partitions) for side in shares)
-    return Partition(
+    divided = Partition(
         corpus,
         tokenizer or CharTokenizer.from_text(corpus.text),
         scheme,
@@ -194,24 +209,20 @@ def partition(
         {
             **options,
             "split": split,
-            "validation_fraction": validation_fraction,
+            "validation_fraction": float(validation_fraction),
             "min_characters": min_characters,
         },
         train,
         val,
     )
-
-
-def _whole(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise DataError(f"{name} must be a whole number of at least {least}, it is {value!r}")
-    return int(value)
+    len(divided.ids)  # or a character outside the vocabulary would be found later only
+    return divided
 
 
 def _concentration(alpha: float) -> float:
-    if isinstance(alpha, int | float | np.number) and 0 < alpha < np.inf:
+    if isinstance(alpha, int | float | np.number) and 0 < alpha <= _EVEN:
         return float(alpha)
-    raise DataError(f"alpha must be a number above 0 and finite, it is {alpha!r}")
+    raise DataError(f"alpha must be a number above 0 and at most {_EVEN:g}, it is {alpha!r}")
 
 
 _DEFAULTS: dict[Scheme, dict[str, Any]] = {
@@ -236,7 +247,7 @@ def _options(scheme: Scheme, given: Mapping[str, Any]) -> dict[str, Any]:
     if "alpha" in options:
         options["alpha"] = _concentration(options["alpha"])
     if "window" in options:
-        options["window"] = _whole("window", options["window"], 1)
+        options["window"] = whole_number("window", options["window"], 1)
     if (by := options.get("by", "play")) not in get_args(GroupBy):
         raise DataError(f"by must be 'play' or 'speaker', it is {by!r}")
     return options
@@ -287,7 +298,7 @@ class _Shares:
     def by_client(self, clients: int) -> tuple[Spans, ...]:
         order = np.argsort(self.owners, kind="stable")
         stops = np.cumsum(np.bincount(self.owners, minlength=clients))
-        return tuple(map(merged, np.split(self.spans[order], stops[:-1])))
+        return tuple(read_only(merged(s)) for s in np.split(self.spans[order], stops[:-1]))
 
 
 def _contiguous(request: _Request, sides: Sides) -> list[_Shares]:
@@ -348,14 +359,18 @@ def _by_speaker(request: _Request, sides: Sides) -> list[_Shares]:
 def _dirichlet(request: _Request, sides: Sides) -> list[_Shares]:
     rng = request.rng()
     groups = _groups(request.corpus, "play") if request.by == "play" else _roles(request.corpus)
-    shares: list[_Shares] = []
+    best: list[_Shares] = []
+    most = -1
     for _ in range(_DRAWS):
         proportions = rng.dirichlet(np.full(request.clients, request.alpha), size=len(groups))
         owners = [_cut(*pair) for pair in zip(groups, proportions, strict=True)]
         shares = _Shares(np.concatenate(groups), np.concatenate(owners)).within(sides)
-        if all(side.sizes(request.clients).min() >= request.min_characters for side in shares):
+        smallest = min(int(side.sizes(request.clients).min()) for side in shares)
+        if smallest > most:
+            best, most = shares, smallest
+        if smallest >= request.min_characters:
             break
-    return shares
+    return best
 
 
 _DIVIDE: dict[Scheme, Callable[[_Request, Sides], list[_Shares]]] = {
@@ -382,17 +397,19 @@ def _check_sizes(request: _Request, scheme: Scheme, shares: Sequence[_Shares]) -
         raise DataError(
             f"{scheme} would give client {client} of {request.clients} {of_clients[client]} {side} "
             f"characters, min_characters asks for {request.min_characters}; "
-            f"{_advice(request, sizes)}train/val characters are, from the smallest on, {named}"
+            f"{_advice(request, scheme, sizes)}train/val characters are, "
+            f"from the smallest on, {named}"
         )
 
 
-def _advice(request: _Request, sizes: Mapping[str, NDArray[np.int64]]) -> str:
+def _advice(request: _Request, scheme: Scheme, sizes: Mapping[str, NDArray[np.int64]]) -> str:
     total = min(int(of_clients.sum()) for of_clients in sizes.values())
     most = total // request.min_characters
-    if most >= request.clients:  # they are unequal
-        return ""
-    clients = f"at most {most} clients" if most else "none"
-    return f"the text allows {clients} of so many; "
+    if most < request.clients:
+        return f"the text allows {f'at most {most} clients' if most else 'none'} of so many; "
+    if scheme == "dirichlet":
+        return f"this is the best of {_DRAWS} draws, a larger alpha makes shares more equal; "
+    return ""
 
 
 def _groups(corpus: Corpus, by: GroupBy) -> list[Spans]:
@@ -422,7 +439,7 @@ def _take(ids: NDArray[np.uint16], spans: Spans) -> NDArray[np.uint16]:
     """The ids of `spans`: a view if they are one stretch."""
     if len(spans) == 1:
         return ids[spans[0, 0] : spans[0, 1]]
-    return np.concatenate([ids[start:stop] for start, stop in spans.tolist()])
+    return read_only(np.concatenate([ids[start:stop] for start, stop in spans.tolist()]))
 
 
 def _cut(spans: Spans, proportions: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -450,6 +467,7 @@ def _equal_stops(side: Spans, clients: int) -> NDArray[np.int64]:
 
 
 def _shuffled(side: Spans, window: int, rng: np.random.Generator) -> Spans:
+    window = min(window, _size(side))
     starts = [np.arange(start, stop, window) for start, stop in side]
     windows = np.concatenate(
         [

@@ -5,9 +5,11 @@ and `meta.json` with the vocabulary and where the part comes from.
 """
 
 import json
+import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -19,11 +21,14 @@ from numpy.typing import NDArray
 
 from shakespeare_data._atomic import write_synced
 from shakespeare_data.batches import ON_DISK, map_tokens
-from shakespeare_data.errors import DataError
+from shakespeare_data.errors import DataError, whole_number
 from shakespeare_data.tokenizer import CharTokenizer
 
 FORMAT_VERSION = 1
 MANIFEST = "partition.json"
+
+_FILES = {"train.bin", "val.bin", "meta.json"}
+_PART_DIRECTORY = re.compile(r"shakespeare_part_\d+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +47,12 @@ class Part:
 
         Equal wherever a part lies, and different for different texts.
         """
-        return sha256(self.train.astype(ON_DISK, copy=False).data).hexdigest()[:16]
+        return ids_sha256(self.train)[:16]
+
+
+def ids_sha256(ids: NDArray[np.uint16]) -> str:
+    """Of a `.bin` with these ids, hexadecimal."""
+    return sha256(np.ascontiguousarray(ids, dtype=ON_DISK).data).hexdigest()
 
 
 def part_directory(output: Path, partition_id: int) -> Path:
@@ -60,11 +70,17 @@ def write_federation(
     an earlier federation, which is replaced whole; anything else raises `DataError` naming what is
     in the way, as does what cannot be written. Returns the parts' directories.
     """
-    output = Path(output).absolute()
+    if not str(output):
+        raise DataError("the output is empty; it must be a directory")
+    output = Path(output).resolve()  # what a link points to is written, the link stays
+    if Path.cwd().is_relative_to(output):
+        raise DataError(
+            f"cannot replace {output}: the current directory is in it; choose one below"
+        )
     beside, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("new", "old"))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(output):
+        with FileLock(_lock_path(output)):
             _recover(output, beside, old)
             _refuse_what_is_not_ours(output)
             try:
@@ -78,11 +94,14 @@ def write_federation(
     return [part_directory(output, i) for i in range(count)]
 
 
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    # Two at once would take each other's unfinished directory for what a killed one left.
-    with FileLock(output.with_name(f".{output.name}.lock")):
-        yield
+def _lock_path(output: Path) -> Path:
+    """Of the user's writers of `output`.
+
+    Two at once would take each other's unfinished directory for what a killed one left.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    digest = sha256(os.fsencode(output)).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"shakespeare-data-{user}-{digest}.lock"
 
 
 def _recover(output: Path, beside: Path, old: Path) -> None:
@@ -94,17 +113,32 @@ def _recover(output: Path, beside: Path, old: Path) -> None:
 
 
 def _refuse_what_is_not_ours(output: Path) -> None:
+    """Raise `DataError` naming the first entry that no earlier federation put there."""
     if not output.exists():
         return
     if not output.is_dir():
         raise DataError(f"cannot replace {output}: it is not a directory")
     for entry in sorted(output.iterdir()):
-        ours = entry.name.startswith("shakespeare_part_") and (entry / "meta.json").is_file()
-        if entry.name != MANIFEST and not ours:
+        foreign = None
+        if entry.name == MANIFEST:
+            foreign = None if _is_ours(entry) else entry
+        elif _PART_DIRECTORY.fullmatch(entry.name) and _is_ours(entry / "meta.json"):
+            foreign = next((file for file in entry.iterdir() if file.name not in _FILES), None)
+        else:
+            foreign = entry
+        if foreign is not None:
             raise DataError(
-                f"{output} holds {entry.name!r}, which is no part of a federation; "
-                "choose a new or empty directory"
+                f"{output} holds {str(foreign.relative_to(output))!r}, which is no part of a "
+                "federation; choose a new or empty directory"
             )
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and {"format_version", "corpus_sha256"} <= document.keys()
 
 
 def _write_parts(parts: Iterable[Part], manifest: Mapping[str, Any], beside: Path) -> int:
@@ -139,10 +173,10 @@ def _json(document: Mapping[str, Any]) -> bytes:
 def read_part(directory: str | Path, *, block_size: int = 1) -> Part:
     """The part that `Partition.write` wrote to `directory`, memory-mapped and read-only.
 
-    Raises `DataError` naming the file for one that is missing, damaged, too short for a
-    window of `block_size` and its targets, or at odds with `meta.json`.
+    Raises `DataError` naming the file for one that is missing, too short for a window of
+    `block_size` and its targets, or at odds with `meta.json`, which has the SHA-256 of both.
     """
-    directory = Path(directory)
+    directory, block_size = Path(directory), whole_number("block_size", block_size, 1)
     if not directory.is_dir():
         raise DataError(f"{directory} is not a directory; a part has train.bin, val.bin, meta.json")
     meta_path = directory / "meta.json"
@@ -157,7 +191,7 @@ def read_part(directory: str | Path, *, block_size: int = 1) -> Part:
             f"but vocab has {tokenizer.vocab_size} characters"
         )
     train, val = (
-        _read_tokens(directory / f"{split}.bin", tokenizer, meta[f"{split}_length"], block_size)
+        _read_tokens(directory / f"{split}.bin", tokenizer, meta, split, block_size)
         for split in ("train", "val")
     )
     return Part(train, val, tokenizer, str(directory), meta)
@@ -187,11 +221,11 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def _read_tokens(
-    path: Path, tokenizer: CharTokenizer, length: int, block_size: int
+    path: Path, tokenizer: CharTokenizer, meta: Mapping[str, Any], split: str, block_size: int
 ) -> NDArray[np.uint16]:
     tokens = map_tokens(path)
-    if len(tokens) != length:
-        raise DataError(f"{path} has {len(tokens)} ids, meta.json says {length}")
+    if len(tokens) != meta[f"{split}_length"]:
+        raise DataError(f"{path} has {len(tokens)} ids, meta.json says {meta[f'{split}_length']}")
     if len(tokens) <= block_size:
         raise DataError(
             f"{path} has {len(tokens)} ids, block_size {block_size} needs at least {block_size + 1}"
@@ -201,4 +235,8 @@ def _read_tokens(
         raise DataError(
             f"{path} has the id {largest}, meta.json allows 0 to {tokenizer.vocab_size - 1}"
         )
+    # parts of version 0.1 say no SHA-256
+    expected = meta.get(f"{split}_sha256")
+    if expected is not None and (found := ids_sha256(tokens)) != expected:
+        raise DataError(f"{path} was altered: its SHA-256 is {found}, meta.json says {expected}")
     return tokens

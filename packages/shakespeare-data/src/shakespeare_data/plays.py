@@ -5,6 +5,7 @@ the speaker and a colon, the lines, an empty line.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
@@ -35,7 +36,7 @@ class Speech:
     play: str
     act: str  # its heading, such as "ACT I"; empty where the source does not say
     scene: str  # its heading, such as "SCENE I. Rome. A street."; empty where it does not say
-    speaker: str  # empty where the source does not say
+    speaker: str  # in the spelling most frequent in the play; empty where the source does not say
     lines: tuple[str, ...] = field(repr=False)
     text: str = field(repr=False)  # as it stands in the corpus, up to the next speech
 
@@ -131,24 +132,51 @@ def first_lines(play: Play, count: int) -> Play:
 
 
 def _play_of_paragraphs(text: str, title: str) -> Play:
-    paragraphs = _PARAGRAPH.findall(text) or [text]
+    paragraphs = list(_paragraphs(text))
     have_speakers = sum(map(_names_a_speaker, paragraphs)) > len(paragraphs) / 2
-    speeches = []
+    printed, speeches = [], []
     for paragraph in paragraphs:
-        lines = [line for line in paragraph.splitlines() if line]
-        speaker = ""
-        if have_speakers and _names_a_speaker(paragraph):
-            speaker = lines.pop(0).rstrip().removesuffix(":")
+        lines = [line.rstrip("\r") for line in paragraph.split("\n") if line.strip()]
+        names = have_speakers and _names_a_speaker(paragraph)
+        printed.append(lines.pop(0).rstrip().removesuffix(":") if names else "")
         spoken = tuple(line for line in lines if line != RUNNING_HEADS.get(title))
-        speeches.append(Speech(title, "", "", speaker, spoken, paragraph))
-    return Play(title, (Act("", (Scene("", tuple(speeches), ()),)),))
+        speeches.append(Speech(title, "", "", "", spoken, paragraph))
+    speakers = zip(speeches, _one_spelling(printed), strict=True)
+    named = tuple(replace(speech, speaker=speaker) for speech, speaker in speakers)
+    return Play(title, (Act("", (Scene("", named, ()),)),))
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """`text` cut after its empty lines; those at its beginning belong to the first paragraph."""
+    paragraph, has_words, ended = "", False, False
+    for line in _LINE.findall(text):
+        if not line.strip():
+            ended = has_words
+        elif ended:
+            yield paragraph
+            paragraph, ended = "", False
+        has_words = has_words or bool(line.strip())
+        paragraph += line
+    if paragraph:
+        yield paragraph
 
 
 def _names_a_speaker(paragraph: str) -> bool:
-    return paragraph.lstrip("\r\n").partition("\n")[0].rstrip().endswith(":")
+    return paragraph.lstrip().partition("\n")[0].rstrip().endswith(":")
 
 
-_PARAGRAPH = re.compile(r"[\r\n]*[^\r\n].*?(?:\r?\n\r?\n[\r\n]*|\Z)", re.DOTALL)
+def _one_spelling(names: Sequence[str]) -> list[str]:
+    """`names` of one play, each as it is most often printed: "NURSE" is "Nurse"."""
+    counts = Counter(names)
+    best: dict[str, str] = {}
+    for name in counts:
+        key = " ".join(name.casefold().split())
+        if counts[name] > counts.get(best.get(key, ""), 0) or key not in best:
+            best[key] = name
+    return [best[" ".join(name.casefold().split())] for name in names]
+
+
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
 
 @dataclass
@@ -231,8 +259,11 @@ def _paragraph_lines(lines: Sequence[str]) -> Iterator[_Line]:
             yield _Line(_Kind.DIRECTION, text, follows_speaker=follows_speaker)
         elif _LIST_ITEM.match(line):
             yield _Line(_Kind.DIRECTION, " ".join([line, *rest]).replace("\\", ""))
-        elif words := _INLINE_DIRECTION.sub("", line).replace("\\", "").strip():
-            yield _Line(_Kind.WORDS, words)
+        else:
+            for direction in _INLINE_DIRECTION.findall(line):
+                yield _Line(_Kind.DIRECTION, direction.strip("_*").replace("\\", ""))
+            if words := _INLINE_DIRECTION.sub("", line).replace("\\", "").strip():
+                yield _Line(_Kind.WORDS, words)
         follows_speaker = line.startswith("**")
 
 
@@ -300,13 +331,20 @@ class _Reader:
         words.add(line)
 
     def play(self) -> Play:
+        printed = [
+            words.speaker for _, scenes in self.acts for scene in scenes for words in scene.speeches
+        ]
+        speakers = iter(_one_spelling(printed))
         acts = tuple(
             Act(
                 heading,
                 tuple(
                     Scene(
                         scene.heading,
-                        tuple(self._finished(words, heading, scene) for words in scene.speeches),
+                        tuple(
+                            self._finished(words, next(speakers), heading, scene.heading)
+                            for words in scene.speeches
+                        ),
                         tuple(scene.directions),
                     )
                     for scene in scenes
@@ -317,12 +355,6 @@ class _Reader:
         )
         return Play(self.title, acts)
 
-    def _finished(self, words: _Words, act: str, scene: _OpenScene) -> Speech:
-        return Speech(
-            self.title,
-            act,
-            scene.heading,
-            words.speaker,
-            tuple(words.lines),
-            in_tiny_shakespeares_form(words.speaker, words.printed),
-        )
+    def _finished(self, words: _Words, speaker: str, act: str, scene: str) -> Speech:
+        text = in_tiny_shakespeares_form(words.speaker, words.printed)
+        return Speech(self.title, act, scene, speaker, tuple(words.lines), text)

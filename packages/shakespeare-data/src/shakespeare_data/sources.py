@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -31,6 +31,7 @@ TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca
 _PAUSES = (0.0, 0.25, 0.75)  # seconds before each try
 _MAX_BYTES = 2**24  # fifteen times the file; an answer without end must not fill the memory
 _TRANSFER_SECONDS = 60.0
+_PASSING_STATUS = {408, 425, 429, *range(500, 600)}  # worth another try
 _CHUNK = 2**16
 _PROGRESS_SECONDS = 0.2
 _VERDICT_SECONDS = 60.0  # for how long "no network" is believed without another try
@@ -159,7 +160,7 @@ class TinyShakespeare:
                 content = self._fetch(url, self.answer_seconds / len(self.urls))
             except _NETWORK_ERRORS as error:
                 words = str(error).strip("<>") or type(error).__name__
-                reasons.append(_Reason(f"{url} cannot be reached: {words}"))
+                reasons.append(_Reason(f"{url}: {words}"))
                 continue
             found = sha256(content).hexdigest()
             if found == self.sha256:
@@ -192,7 +193,7 @@ class TinyShakespeare:
                     break
             except _NETWORK_ERRORS as error:
                 outcome = error
-                if isinstance(error, HTTPError) and error.code < 500:
+                if isinstance(error, HTTPError) and error.code not in _PASSING_STATUS:
                     break
         if isinstance(outcome, Exception):
             raise outcome
@@ -227,7 +228,10 @@ class _Verdict:
             verdict = json.loads(self.path.read_bytes())
             if age > _VERDICT_SECONDS or tuple(verdict["urls"]) != self.urls:
                 return None
-            when = f"found {age:.0f} s ago, next try after {_VERDICT_SECONDS:.0f} s"
+            when = (
+                f"found {age:.0f} s ago, next try after {_VERDICT_SECONDS:.0f} s "
+                f"or once {self.path} is deleted"
+            )
             return f"{verdict['reason']}; {when}", bool(verdict["altered"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None  # none, or not one of this version
@@ -251,6 +255,10 @@ class _Request(threading.Thread):
                 self._answered.set()
                 while len(self._received) < _MAX_BYTES and (chunk := response.read(_CHUNK)):
                     self._received += chunk
+                promised = int(response.headers.get("Content-Length") or len(self._received))
+                if len(self._received) < promised:
+                    missing = promised - len(self._received)
+                    raise IncompleteRead(bytes(self._received), missing)
         except _NETWORK_ERRORS as error:
             self._error = error
         finally:
@@ -358,7 +366,11 @@ class UserText:
     def read(self) -> tuple[dict[str, str], str]:
         if not self.path.is_dir():
             return {self.path.stem: _utf8(self.path)}, f"file {self.path.absolute()}"
-        paths = sorted(path for path in self.path.glob("*.txt") if path.is_file())
+        paths = sorted(
+            path
+            for path in self.path.iterdir()
+            if path.suffix.lower() == ".txt" and not path.name.startswith(".") and path.is_file()
+        )
         if not paths:
             raise DataError(f"the directory {self.path} has no *.txt")
         texts = {path.stem: _utf8(path) for path in paths}

@@ -16,6 +16,7 @@ from shakespeare_data.errors import DataError
 
 MAX_VOCAB_SIZE = 2**16  # ids are uint16
 
+_NAMED_CHARACTERS = 128  # of a vocabulary, in an error
 _PAIRS_FROM = 2**12  # characters from which a table of pairs pays
 _BLOCK = 2**15  # characters at a time: what is temporary stays in the cache
 
@@ -122,15 +123,20 @@ class CharTokenizer:
                 position = int(np.argmax(ids < 0))
                 raise DataError(
                     f"{_named(text[position])} at position {offset + position} is not in the "
-                    f"vocabulary of {self.vocab_size} characters {self.vocab!r}"
+                    f"vocabulary of {self.vocab_size} characters {self._named_vocab}"
                 )
             ids[ids < 0] = substitute
         out[:] = ids
 
+    @property
+    def _named_vocab(self) -> str:
+        more = self.vocab_size - _NAMED_CHARACTERS
+        return repr(self.vocab[:_NAMED_CHARACTERS]) + (f" and {more} more" if more > 0 else "")
+
     def _id(self, replacement: str) -> int:
         if len(replacement) != 1 or replacement not in self.vocab:
             raise DataError(
-                f"replacement must be one character of the vocabulary {self.vocab!r}, "
+                f"replacement must be one character of the vocabulary {self._named_vocab}, "
                 f"it is {replacement!r}"
             )
         return self.vocab.index(replacement)
