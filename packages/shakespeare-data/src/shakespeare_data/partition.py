@@ -191,7 +191,7 @@ def partition(
         split = "end" if scheme in ("contiguous", "iid", "quantity-skew") else "speech"
     if split not in get_args(SplitBy):
         raise DataError(f"split must be one of {', '.join(get_args(SplitBy))}; it is {split!r}")
-    if num_partitions * min_characters > len(corpus.text):
+    if max(num_partitions, min_characters) > len(corpus.text):  # more than arrays could count
         raise DataError(
             f"{num_partitions} clients of at least min_characters {min_characters} cannot be had "
             f"from the {len(corpus.text)} characters of {corpus.name}"
