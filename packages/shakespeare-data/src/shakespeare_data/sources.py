@@ -142,37 +142,36 @@ class TinyShakespeare:
         try:
             if found := verdict.recent():
                 raise self._refusal(*found)
-            content, url, reasons = self._from_first_that_has_it()
-            if content is None:
-                altered = any(reason.altered for reason in reasons)
-                verdict.record("; ".join(reason.text for reason in reasons), altered)
-                raise self._refusal("; ".join(reason.text for reason in reasons), altered)
-            write_atomically(self.path, content)
-            verdict.withdraw()
+            reasons = []
+            for url in self.urls:
+                outcome = self._from(url)
+                if isinstance(outcome, bytes):
+                    write_atomically(self.path, outcome)
+                    verdict.withdraw()
+                    return outcome, f"downloaded from {url}"
+                reasons.append(outcome)
+            reason = "; ".join(reason.text for reason in reasons)
+            altered = any(reason.altered for reason in reasons)
+            verdict.record(reason, altered)
+            raise self._refusal(reason, altered)
         except OSError as error:
             raise self._unwritable(error) from error
-        return content, f"downloaded from {url}"
 
-    def _from_first_that_has_it(self) -> "tuple[bytes | None, str, list[_Reason]]":
-        reasons = []
-        for url in self.urls:
-            try:
-                content = self._fetch(url, self.answer_seconds / len(self.urls))
-            except _NETWORK_ERRORS as error:
-                words = str(error).strip("<>") or type(error).__name__
-                reasons.append(_Reason(f"{url}: {words}"))
-                continue
-            found = sha256(content).hexdigest()
-            if found == self.sha256:
-                return content, url, reasons
-            reasons.append(
-                _Reason(
-                    f"the download from {url} was truncated or altered and is not kept: "
-                    f"{len(content):,} bytes with SHA-256 {found}, expected {self.sha256}",
-                    altered=True,
-                )
-            )
-        return None, "", reasons
+    def _from(self, url: str) -> "bytes | _Reason":
+        """The file, or why this address did not give it."""
+        try:
+            content = self._fetch(url, self.answer_seconds / len(self.urls))
+        except _NETWORK_ERRORS as error:
+            words = str(error).strip("<>") or type(error).__name__
+            return _Reason(f"{url}: {words}")
+        found = sha256(content).hexdigest()
+        if found == self.sha256:
+            return content
+        return _Reason(
+            f"the download from {url} was truncated or altered and is not kept: "
+            f"{len(content):,} bytes with SHA-256 {found}, expected {self.sha256}",
+            altered=True,
+        )
 
     def _refusal(self, reason: str, altered: bool) -> DataError:
         advice = "put the file there, or set SHAKESPEARE_DATA_DIR to the directory that holds it"
