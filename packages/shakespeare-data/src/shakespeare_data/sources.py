@@ -259,6 +259,8 @@ class _Request(threading.Thread):
                     missing = promised - len(self._received)
                     raise IncompleteRead(bytes(self._received), missing)
         except _NETWORK_ERRORS as error:
+            if isinstance(error, HTTPError):
+                error.close()  # it is a response too, with a socket
             self._error = error
         finally:
             self._finished.set()
