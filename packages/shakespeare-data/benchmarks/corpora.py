@@ -26,6 +26,7 @@ from shakespeare_data import (
     load_corpus,
     partition,
 )
+from shakespeare_data.partition import jensen_shannon
 
 LEAF_ROLES = 1_129  # of LEAF's Shakespeare task, arXiv 1812.01097, table 1
 
@@ -81,14 +82,15 @@ def similarity() -> None:
             f"{what}: {len(ours):,} and {len(theirs):,} of Tiny Shakespeare's, {common:,} the "
             f"same ({common / len(theirs):.2%}), {in_order:,} in the same order"
         )
-    counts = [np.bincount(np.frombuffer(c.text.encode("latin-1"), np.uint8)) for c in (tiny, nine)]
-    p, q = (count / count.sum() for count in counts)
-    mean = (p + q) / 2
-    occurs = mean > 0
-    terms = [np.sum(x[x > 0] * np.log2(x[x > 0] / mean[x > 0])) for x in (p, q)]
+    counts = [
+        np.bincount(np.frombuffer(c.text.encode("latin-1"), np.uint8), minlength=256)
+        for c in (tiny, nine)
+    ]
+    distinct = np.count_nonzero(sum(counts))
+    divergence = jensen_shannon(counts[1], counts[0])
     print(
-        f"characters: {len(nine.text):,} and {len(tiny.text):,}, {occurs.sum()} distinct; "
-        f"Jensen-Shannon divergence of their distributions {sum(terms) / 2:.2e} bits"
+        f"characters: {len(nine.text):,} and {len(tiny.text):,}, {distinct} distinct; "
+        f"Jensen-Shannon divergence of their distributions {divergence:.2e} bits"
     )
 
 

@@ -3,14 +3,13 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_synced(path: Path, content: bytes) -> None:
     """Write a new file and wait until the disk has it. Raises `OSError`."""
     with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        _write_through(file, content)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -19,11 +18,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     beside = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            _write_through(file, content)
         # mkstemp makes files that only their owner can read; a shared cache needs the usual rights.
         beside.chmod(0o644)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _write_through(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())

@@ -40,7 +40,11 @@ def sample_windows(
 
 
 def _gather(windows: NDArray[Any], batch_size: int, rng: np.random.Generator) -> Pair:
-    rows = windows[rng.integers(len(windows), size=batch_size)]  # (B, T + 1)
+    return _pair(windows, rng.integers(len(windows), size=batch_size))
+
+
+def _pair(windows: NDArray[Any], starts: NDArray[np.int64]) -> Pair:
+    rows = windows[starts]  # (B, T + 1)
     return rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
 
 
@@ -186,8 +190,7 @@ class Batches:
             num_windows = _num_windows(self._tokens, self._block_size)
             self._order = epoch, _rng(self._seed, epoch).permutation(num_windows)
         chosen = self._order[1][batch * self._batch_size : (batch + 1) * self._batch_size]
-        rows = self._windows[chosen * self._block_size]
-        return rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+        return _pair(self._windows, chosen * self._block_size)
 
     def _tensor(self, array: NDArray[np.int64]) -> "torch.Tensor":
         assert self._torch is not None

@@ -136,7 +136,7 @@ class Partition:
             _size(self.val[client]),
             len({speech.role for speech in speeches if speech.speaker}),
             len({speech.play for speech in speeches}),
-            _jensen_shannon(self._characters(spans), whole),
+            jensen_shannon(self._characters(spans), whole),
         )
 
 
@@ -496,7 +496,7 @@ def _clients_of_each(sizes: NDArray[np.int64], clients: int) -> NDArray[np.int64
     return counts
 
 
-def _jensen_shannon(counts: NDArray[np.int64], whole: NDArray[np.int64]) -> float:
+def jensen_shannon(counts: NDArray[np.int64], whole: NDArray[np.int64]) -> float:
     """Divergence in bits of two distributions given as counts `(V,)` (Lin, 1991)."""
     p, q = counts / counts.sum(), whole / whole.sum()
     mean = (p + q) / 2
