@@ -108,6 +108,22 @@ def corpora(session: nox.Session) -> None:
     session.run("python", "packages/shakespeare-data/benchmarks/corpora.py", *session.posargs)
 
 
+@nox.session
+def federations(session: nox.Session) -> None:
+    """Try flower-adapter in real simulations: [strategies|faults|resume|memory ...]."""
+    install(session, "packages/flower-adapter[test]")
+    script = "packages/flower-adapter/benchmarks/federations.py"
+    for part in session.posargs or ["strategies", "faults", "resume", "memory"]:
+        session.run("python", script, part, **INTERRUPT)
+
+
+@nox.session
+def codecs(session: nox.Session) -> None:
+    """Measure bytes, time and loss of the app at each codec: [key=value ...] [--codecs a,b]."""
+    install(session, *LIBRARIES, APP)
+    session.run("python", f"{APP}/benchmarks/codecs.py", *session.posargs)
+
+
 def read_benchmarks(results: Path) -> list[dict]:
     return json.loads(results.read_text(encoding="utf-8"))["benchmarks"]
 

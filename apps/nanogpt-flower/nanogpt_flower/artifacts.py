@@ -10,6 +10,7 @@ from gpt_core import GPT, Runtime, save_pretrained
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, Corpus
 
+CHECKPOINTS = "checkpoints"
 MODEL_DIRECTORY = "model"
 TOKENIZER_FILE = "tokenizer.json"
 CORPUS_KEYS = ("name", "source", "sha256", "licence", "note")
@@ -41,7 +42,7 @@ def writable_directory(output_dir: str, *below: str) -> Path:
 
 
 class RunDirectory:
-    """`<output-dir>/<run id>/`: config.json, metrics.jsonl, model/, sample.txt, curve.png."""
+    """`<output-dir>/<run id>/`: checkpoints/, config.json, curve.png, metrics.jsonl, model/, …"""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,6 +55,26 @@ class RunDirectory:
             SettingsError: if it cannot.
         """
         return cls(writable_directory(output_dir, str(run_id)))
+
+    @classmethod
+    def resume(cls, resume_from: str) -> "RunDirectory":
+        """The directory of a run that was cut off.
+
+        Raises:
+            SettingsError: if there is none, with checkpoints in it.
+        """
+        path = Path(resume_from).expanduser().resolve()
+        if not (path / CHECKPOINTS).is_dir():
+            raise SettingsError(
+                f"resume-from is {resume_from!r}; it must be the directory of a run, but {path} "
+                f"has no {CHECKPOINTS}"
+            )
+        return cls(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """`checkpoints/`: what a run needs to go on."""
+        return self.path / CHECKPOINTS
 
     def write_config(
         self, settings: Settings, corpus: Corpus | None, runtime: Runtime, model: GPT
@@ -71,10 +92,10 @@ class RunDirectory:
         }
         self._write("config.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        """One line of `metrics.jsonl`. It holds no times, so equal runs leave equal files."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """`metrics.jsonl`, a line a round. It holds no times, so equal runs leave equal files."""
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
+        self._write("metrics.jsonl", "".join(lines))
 
     def save_model(self, model: GPT, tokenizer: CharTokenizer) -> None:
         """`model/`: config.json, model.safetensors, tokenizer.json."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context
 
-from flower_adapter import restore_state, save_state, torch_client_app
+from flower_adapter import Durable, restore_state, save_state, torch_client_app, wire_mod
 from gpt_core import (
     GPT,
     Progress,
@@ -36,8 +36,6 @@ from shakespeare_data import (
     read_part,
     sequential_batches,
 )
-
-STATE = "training"  # of this client, kept between rounds
 
 logger = logging.getLogger("flwr.nanogpt_flower")
 
@@ -117,11 +115,8 @@ def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float
 
     prepared = run.prepare(model)
     optimizer = build_optimizer(model, settings.optimizer, learning_rate=settings.learning_rate)
-    state = restore_state(context, STATE)
-    done = 0
-    if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["steps"]
+    state = restore_state(context, model=model, optimizer=optimizer)
+    done = state["steps"] if state else 0
     batches, steps = training_batches(part, settings, seed)
 
     def learning_rate(step: int) -> float:
@@ -141,7 +136,7 @@ def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float
         learning_rate=learning_rate,
         on_progress=report,
     )
-    save_state(context, STATE, {"optimizer": optimizer.state_dict(), "steps": done + result.steps})
+    save_state(context, model=model, optimizer=optimizer, steps=done + result.steps)
     return {"train-loss": result.loss, "num-examples": len(part.train)}
 
 
@@ -162,6 +157,17 @@ def vocabulary(context: Context) -> ConfigRecord:
     return ConfigRecord({"label": name, "tokenizer": read_part(name).tokenizer.to_json()})
 
 
+def state_directory(context: Context) -> str | None:
+    """Where this client keeps its state, if it is to outlive a restart."""
+    node = context.node_config
+    return str(node.get("state-path", context.run_config["client-state"])) or None
+
+
 app = torch_client_app(
-    build_model, train, evaluate_part, label=label, queries={VOCABULARY: vocabulary}
+    build_model,
+    train,
+    evaluate_part,
+    label=label,
+    queries={VOCABULARY: vocabulary},
+    mods=[Durable(state_directory, label=label), wire_mod],
 )

@@ -1,13 +1,10 @@
 """The rounds so far: the table that grows, and the rows of `metrics.jsonl`."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import cast
+from typing import Any
 
-from flwr.app import MetricRecord, RecordDict
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
-
+from flower_adapter import Checkpoint
 from nanogpt_flower.artifacts import RunDirectory
 
 
@@ -20,6 +17,21 @@ class Row:
     val_loss: float | None  # of the average on the whole validation split, if the server has it
     client_val_loss: float | None  # mean over the clients' validation parts
     clients: int  # whose training went into the average
+
+    @classmethod
+    def of_round(cls, server_round: int, checkpoint: Checkpoint) -> "Row":
+        """The row of a round up to that of the checkpoint."""
+
+        def metric(name: str, by_round: dict[int, Any]) -> Any:
+            return by_round.get(server_round, {}).get(name)
+
+        return cls(
+            round=server_round,
+            train_loss=metric("train-loss", checkpoint.train_metrics),
+            val_loss=metric("val-loss", checkpoint.server_metrics),
+            client_val_loss=metric("val-loss", checkpoint.evaluate_metrics),
+            clients=metric("num-replies", checkpoint.train_metrics) or 0,
+        )
 
     @property
     def shown_val_loss(self) -> float | None:
@@ -55,35 +67,18 @@ class History:
         self.directory = directory
         self.rows: list[Row] = []
         self.notes = [note] if note else []
-        self._metrics: dict[str, float] = {}
-        self._clients = 0
 
-    def aggregate(self, key: str) -> Callable[[list[RecordDict], str], MetricRecord]:
-        """A `…_metrics_aggr_fn` for a strategy: Flower's weighted mean, with `key` kept."""
-
-        def aggregate(replies: list[RecordDict], weighted_by: str) -> MetricRecord:
-            metrics = aggregate_metricrecords(replies, weighted_by)
-            self._metrics[key] = cast(float, metrics[key])
-            if key == "train-loss":
-                self._clients = len(replies)
-            return metrics
-
-        return aggregate
-
-    def finish_round(self, server_round: int, val_loss: float | None) -> None:
-        """Print the row, append it to `metrics.jsonl`, draw the curve anew."""
-        row = Row(
-            round=server_round,
-            train_loss=self._metrics.pop("train-loss", None),
-            val_loss=val_loss,
-            client_val_loss=self._metrics.pop("val-loss", None),
-            clients=self._clients,
-        )
+    def show(self, checkpoint: Checkpoint) -> None:
+        """Print the rows that are new, write `metrics.jsonl` and draw the curve anew."""
+        new = range(len(self.rows), checkpoint.server_round + 1)
         if not self.rows:
             print(self.HEADER)
-        print(row, flush=True)
-        self.rows.append(row)
-        self.directory.append_metrics({**asdict(row), "perplexity": row.perplexity})
+        for server_round in new:
+            self.rows.append(Row.of_round(server_round, checkpoint))
+            print(self.rows[-1], flush=True)
+        self.directory.write_metrics(
+            [{**asdict(row), "perplexity": row.perplexity} for row in self.rows]
+        )
         self.directory.draw_curve(
             [(r.round, r.shown_val_loss) for r in self.rows if r.shown_val_loss is not None],
             [(r.round, r.train_loss) for r in self.rows if r.train_loss is not None],

@@ -30,7 +30,7 @@ import psutil
 import tomli_w
 import torch
 
-from nanogpt_flower.artifacts import writable_directory
+from nanogpt_flower.artifacts import RunDirectory, writable_directory
 from nanogpt_flower.composition import NO_CORPUS, parts, runtime, sample_prompt
 from nanogpt_flower.settings import Settings
 from shakespeare_data import CORPORA, CharTokenizer, load_corpus, partition
@@ -268,7 +268,10 @@ def check(run_config: Mapping[str, Any], num_clients: int) -> None:
         tokenizer = CharTokenizer.from_text(corpus.text)
         sample_prompt(settings, tokenizer)
         parts(settings, corpus, tokenizer, num_clients)
-    writable_directory(settings.output_dir)
+    if settings.resume_from:
+        RunDirectory.resume(settings.resume_from)
+    else:
+        writable_directory(settings.output_dir)
 
 
 def simulate(app: Path, run_config: Mapping[str, Any], options: argparse.Namespace) -> None:
@@ -331,7 +334,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(ending, _interrupt)
     try:
         config = read_run_config(options.app, preset, overrides)
-        config.setdefault("output-dir", str(Path("runs").resolve()))
+        config.setdefault("output-dir", "runs")
+        for key in ("output-dir", "resume-from", "client-state"):  # the SuperLink is elsewhere
+            if config.get(key):
+                config[key] = str(Path(config[key]).expanduser().resolve())
         config.setdefault("min-clients", options.num_clients)
         check(config, options.num_clients)
         run = simulate if options.runtime == "simulate" else deploy

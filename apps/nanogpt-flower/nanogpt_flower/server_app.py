@@ -9,10 +9,20 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.app.typing import ConfigRecordValues
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
-from flower_adapter import Dropped, Guarded, Seeded, load_arrays, to_arrays
+from flower_adapter import (
+    Checkpoint,
+    Checkpointed,
+    Dropped,
+    Guarded,
+    OuterOptimizer,
+    Seeded,
+    StreamingFedAvg,
+    Wired,
+    load_arrays,
+    to_arrays,
+)
 from gpt_core import GPT, Runtime, evaluate, stream
 from nanogpt_flower.artifacts import RunDirectory
 from nanogpt_flower.composition import (
@@ -49,11 +59,10 @@ def main(grid: Grid, context: Context) -> None:
     tokenizer = CharTokenizer.from_text(corpus.text) if corpus else ask_vocabulary(grid, settings)
     prompt = sample_prompt(settings, tokenizer)
     validation = validation_split(settings, corpus, tokenizer)
-    directory = RunDirectory.create(settings.output_dir, context.run_id)
+    directory = run_directory(settings, context)
 
     torch.manual_seed(settings.seed)
     model = GPT(model_config(settings, tokenizer.vocab_size))
-    directory.write_config(settings, corpus, run, model)
     logger.info("output: %s", directory.path)
     logger.info("corpus: %s", f"{corpus.name} ({corpus.source})" if corpus else "none here")
     logger.info("model: %.2fM parameters; server: %s", model.num_parameters() / 1e6, run)
@@ -64,6 +73,13 @@ def main(grid: Grid, context: Context) -> None:
     directory.write_sample(sample)
     print(history.table(), flush=True)
     print(f"\n--- sample\n{sample}\n---\noutput: {directory.path}", flush=True)
+
+
+def run_directory(settings: Settings, context: Context) -> RunDirectory:
+    """A new one, or that of the run that is resumed."""
+    if settings.resume_from:
+        return RunDirectory.resume(settings.resume_from)
+    return RunDirectory.create(settings.output_dir, context.run_id)
 
 
 NO_CORPUS_NOTE = "the server has no text: val loss is the mean over the clients' own"
@@ -84,41 +100,65 @@ def run_rounds(
     prepared = run.prepare(model)
 
     def evaluate_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if validation is None:
+            return None
         load_arrays(model, arrays)
-        loss = None
-        if validation is not None:
-            batches = sequential_batches(validation, settings.batch_size, settings.block_size)
-            loss = evaluate(prepared, batches, runtime=run)
-        history.directory.save_model(model, tokenizer)
-        history.finish_round(server_round, loss)
-        return None if loss is None else MetricRecord({"val-loss": loss})
+        batches = sequential_batches(validation, settings.batch_size, settings.block_size)
+        return MetricRecord({"val-loss": evaluate(prepared, batches, runtime=run)})
 
-    strategy = FedAvg(
-        fraction_train=settings.fraction_train,
-        fraction_evaluate=settings.fraction_evaluate,
-        min_train_nodes=1,
-        min_evaluate_nodes=1,
-        min_available_nodes=settings.min_clients,
-        train_metrics_aggr_fn=history.aggregate("train-loss"),
-        evaluate_metrics_aggr_fn=history.aggregate("val-loss"),
+    def finish_round(checkpoint: Checkpoint) -> None:
+        if not history.rows:  # only now is it sure that the run can begin, or go on
+            history.directory.write_config(settings, corpus, run, model)
+        load_arrays(model, checkpoint.arrays)
+        history.directory.save_model(model, tokenizer)
+        history.show(checkpoint)
+
+    guarded = Guarded(
+        Wired(outer_strategy(settings), uplink=settings.uplink, downlink=settings.downlink),
+        min_replies=settings.min_replies,
+        max_failed_rounds=settings.max_failed_rounds,
     )
-    guarded = Guarded(strategy)
+    checkpoints = history.directory.checkpoints
+    strategy = Checkpointed(
+        Seeded(guarded, seed=settings.seed),
+        checkpoints,
+        keep=settings.keep_checkpoints,
+        best="val-loss",
+        resume_from=checkpoints if settings.resume_from else None,
+        on_round=finish_round,
+    )
     to_clients: dict[str, ConfigRecordValues] = {
         "tokenizer": tokenizer.to_json(),
         "corpus": corpus.name if corpus else NO_CORPUS,
         "corpus-sha256": corpus.sha256 if corpus else "",
     }
     wait_for_clients(grid, settings.min_clients)
-    Seeded(guarded, seed=settings.seed).start(
+    strategy.start(
         grid,
         initial,
         num_rounds=settings.num_server_rounds,
-        timeout=float("inf"),
+        timeout=settings.round_timeout or float("inf"),
         train_config=ConfigRecord(to_clients),
         evaluate_config=ConfigRecord(to_clients),
         evaluate_fn=evaluate_round,
     )
     history.notes += left_out(guarded.dropped)
+
+
+def outer_strategy(settings: Settings) -> OuterOptimizer:
+    """The average of the clients, and the outer optimizer's step towards it."""
+    average = StreamingFedAvg(
+        fraction_train=settings.fraction_train,
+        fraction_evaluate=settings.fraction_evaluate,
+        min_train_nodes=1,
+        min_evaluate_nodes=1,
+        min_available_nodes=settings.min_clients,
+    )
+    return OuterOptimizer(
+        average,
+        learning_rate=settings.outer_learning_rate,
+        momentum=settings.outer_momentum,
+    )
 
 
 def left_out(dropped: list[Dropped]) -> list[str]:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from flower_adapter.compress import CodecError, codec
+
 Value = bool | int | float | str
 
 
@@ -21,6 +23,17 @@ def _count(default: int, *, least: int = 1) -> Any:
 
 def _choice(default: str, *choices: str) -> Any:
     return _key(default, " or ".join(f'"{choice}"' for choice in choices), choices.__contains__)
+
+
+def _codec(default: str) -> Any:
+    def known(name: str) -> bool:
+        try:
+            codec(name)
+        except CodecError:
+            return False
+        return True
+
+    return _key(default, '"fp32", "bf16", "int8", "int4", "2-bit" or "top-k:FRACTION"', known)
 
 
 def _text(default: str, allowed: str, *, least: int = 1) -> Any:
@@ -62,6 +75,22 @@ class Settings:
         1.0, "a number of at least 0 and at most 1", lambda value: 0.0 <= value <= 1.0
     )
     min_clients: int = _count(2)
+    min_replies: int = _count(1)
+    max_failed_rounds: int = _count(3)
+    round_timeout: float = _key(
+        0.0, "a number of seconds of at least 0", lambda value: 0.0 <= value < 1e9
+    )
+    outer_learning_rate: float = _key(
+        1.0, "a number above 0 and at most 10", lambda value: 0.0 < value <= 10.0
+    )
+    outer_momentum: float = _key(
+        0.0, "a number of at least 0 and less than 1", lambda value: 0.0 <= value < 1.0
+    )
+    uplink: str = _codec("fp32")
+    downlink: str = _codec("fp32")
+    keep_checkpoints: int = _count(3)
+    resume_from: str = _text("", "the directory of a run that was cut off", least=0)
+    client_state: str = _text("", "a directory that can be written", least=0)
     sample_tokens: int = _count(500, least=0)
     sample_prompt: str = _text("", "a text of characters of the vocabulary", least=0)
     temperature: float = _key(0.8, "a number of at least 0", lambda value: 0.0 <= value < 1e6)

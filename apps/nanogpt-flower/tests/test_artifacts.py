@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord
 
+from flower_adapter import Checkpoint
 from gpt_core import GPT, GPTConfig, Runtime
-from nanogpt_flower.artifacts import RunDirectory
+from nanogpt_flower.artifacts import CHECKPOINTS, RunDirectory
 from nanogpt_flower.cli import main
 from nanogpt_flower.history import History
 from nanogpt_flower.settings import Settings, SettingsError
@@ -33,37 +34,88 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         RunDirectory.create(str(tmp_path / "file"), 1)
 
 
-def test_rounds_are_averaged_printed_written_and_drawn(
+def test_the_directory_of_a_resumed_run_needs_checkpoints(tmp_path: Path) -> None:
+    old = tmp_path / "runs" / "7"
+    for path in (old, tmp_path / "nowhere"):
+        with pytest.raises(SettingsError, match=r"resume-from is '.*/(7|nowhere)'; .* no checkp"):
+            RunDirectory.resume(str(path))
+    (old / CHECKPOINTS).mkdir(parents=True)
+    assert RunDirectory.resume(str(old)).checkpoints == old / CHECKPOINTS
+
+
+def checkpoint(*rounds: tuple[float | None, float | None, float | None, int]) -> Checkpoint:
+    """A run whose round 0 has a loss of 4; then train, server's and clients' loss, and replies."""
+
+    def by_round(name: str, index: int) -> dict[int, MetricRecord]:
+        found = enumerate((row[index] for row in rounds), start=1)
+        return {at: MetricRecord({name: value}) for at, value in found if value is not None}
+
+    train = by_round("train-loss", 0)
+    for at, (*_, replies) in enumerate(rounds, start=1):
+        train.setdefault(at, MetricRecord())["num-replies"] = replies
+    return Checkpoint(
+        run="1",
+        resumed_after=[],
+        server_round=len(rounds),
+        arrays=ArrayRecord(),
+        model={},
+        strategy=[],
+        random_states={},
+        train_metrics=train,
+        evaluate_metrics=by_round("val-loss", 2),
+        server_metrics={0: MetricRecord({"val-loss": 4.0}), **by_round("val-loss", 1)},
+    )
+
+
+def rows_of(directory: RunDirectory) -> list[dict[str, float | None]]:
+    lines = (directory.path / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_rounds_are_printed_written_and_drawn(
     directory: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     history = History(directory, note="figures are of another corpus")
-    history.finish_round(0, 4.0)
-    replies = [
-        RecordDict({"metrics": MetricRecord({"train-loss": loss, "num-examples": weight})})
-        for loss, weight in ((3.0, 1), (1.0, 3))
-    ]
-    history.aggregate("train-loss")(replies, "num-examples")
-    history.finish_round(1, 2.0)
+    history.show(checkpoint())
+    history.show(checkpoint((1.5, 2.0, 2.5, 3)))
     printed = capsys.readouterr().out.splitlines()
     assert printed == history.table().splitlines()[:-1]
     assert printed[2].split() == ["1", "1.5000", "2.0000", "7.39"]
     assert history.table().endswith("note: figures are of another corpus")
-    written = (directory.path / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in written]
-    assert [row["round"] for row in rows] == [0, 1]
-    assert rows[1]["train_loss"] == pytest.approx((3.0 * 1 + 1.0 * 3) / 4)
-    assert rows[1]["perplexity"] == pytest.approx(math.exp(2.0))
+    before, after = rows_of(directory)
+    assert (before["round"], before["val_loss"], before["train_loss"]) == (0, 4.0, None)
+    assert after.pop("perplexity") == pytest.approx(math.exp(2.0))
+    assert after == {
+        "round": 1,
+        "train_loss": 1.5,
+        "val_loss": 2.0,
+        "client_val_loss": 2.5,
+        "clients": 3,
+    }
     assert (directory.path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_shows_and_writes_the_rounds_before_too(
+    directory: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rounds = [(1.5, 2.0, 2.5, 3), (1.25, 1.75, 2.25, 2), (None, 1.75, None, 0)]
+    whole, resumed = History(directory), History(RunDirectory.create(str(tmp_path), 43))
+    for end in range(4):
+        whole.show(checkpoint(*rounds[:end]))
+    printed = capsys.readouterr().out
+    for end in (2, 3):
+        resumed.show(checkpoint(*rounds[:end]))
+    assert capsys.readouterr().out == printed
+    assert rows_of(resumed.directory) == rows_of(directory)
+    assert [row["clients"] for row in rows_of(directory)] == [0, 3, 2, 0]
 
 
 def test_without_the_servers_text_the_clients_figure_is_shown(
     directory: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    history = History(directory)
-    history.finish_round(0, None)
-    reply = RecordDict({"metrics": MetricRecord({"val-loss": 2.0, "num-examples": 5})})
-    history.aggregate("val-loss")([reply], "num-examples")
-    history.finish_round(1, None)
+    without = checkpoint((None, None, 2.0, 2))
+    without.server_metrics.clear()
+    History(directory).show(without)
     _, before, after = capsys.readouterr().out.splitlines()
     assert before.split() == ["0", "-", "-", "-"]
     assert after.split() == ["1", "-", "2.0000", "7.39"]

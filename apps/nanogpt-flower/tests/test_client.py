@@ -4,15 +4,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
-from flower_adapter import restore_state
+from flower_adapter import restore_state, to_arrays
 from nanogpt_flower.client_app import (
+    app,
     build_model,
     evaluate_part,
     label,
     own_part,
     place,
+    state_directory,
     train,
     training_batches,
 )
@@ -58,7 +61,8 @@ def test_the_optimizer_and_the_warm_up_go_on_where_the_last_round_ended(
     here = context(max_steps=10)
     model, _ = trained(here, to_clients)
     train(model, to_clients, here)
-    state = restore_state(here, "training")
+    state = restore_state(here)
+    assert state is not None
     assert state["steps"] == 20
     # AdamW counts its own steps: 20 only if the second round began with the state of the first
     assert {entry["step"].item() for entry in state["optimizer"]["state"].values()} == {20}
@@ -161,3 +165,38 @@ def test_a_node_without_data_is_told_what_to_give(
 ) -> None:
     with pytest.raises(DataError, match="data-path"):
         trained(context({}), to_clients)
+
+
+def test_a_nodes_own_state_path_comes_before_the_runs(context: MakeContext) -> None:
+    node = {"partition-id": 0, "num-partitions": 2}
+    assert state_directory(context()) is None
+    assert state_directory(context(client_state="/of/the/run")) == "/of/the/run"
+    here = context({**node, "state-path": "/of/the/node"}, client_state="/of/the/run")
+    assert state_directory(here) == "/of/the/node"
+
+
+def test_a_restarted_client_goes_on_with_its_optimizer(
+    context: MakeContext,
+    to_clients: ConfigRecord,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+    def round_of(here: Context, server_round: int) -> RecordDict:
+        torch.manual_seed(0)
+        arrays = to_arrays(build_model(to_clients, here))
+        config = ConfigRecord({**to_clients, "server-round": server_round})
+        reply = app(Message(RecordDict({"arrays": arrays, "config": config}), 2, "train"), here)
+        assert not reply.has_error(), reply.error
+        return reply.content
+
+    living = context(max_steps=5)
+    round_of(living, 1)
+    forgetful, durable = context(max_steps=5), {"client_state": str(tmp_path), "max_steps": 5}
+    round_of(context(**durable), 1)
+    restarted = round_of(context(**durable), 2)
+    assert restarted["arrays"] == round_of(living, 2)["arrays"]
+    assert restarted["arrays"] != round_of(forgetful, 2)["arrays"]
+    assert [path.name for path in tmp_path.iterdir()] == ["partition 0000 of 2"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,13 @@ def test_two_simulated_runs_of_one_seed_have_equal_metrics(
     assert rows[2]["clients"] == 3
     files = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     model = {f"model/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")}
-    assert files == {"config.json", "metrics.jsonl", "sample.txt", "curve.png", *model}
+    checkpoints = {
+        f"checkpoints/round-{at:06d}/{name}"
+        for at in range(3)
+        for name in ("arrays.safetensors", "round.json", "state.safetensors")
+    }
+    figures = {"config.json", "metrics.jsonl", "sample.txt", "curve.png"}
+    assert files == figures | model | checkpoints
     assert f"output: {directory}" in printed
     assert "tokens/s" in printed
 
@@ -108,7 +115,8 @@ def test_a_run_whose_clients_all_fail_fails_with_their_reason(
 ) -> None:
     settings = tiny | {"block-size": 500, "output-dir": str(tmp_path / "out")}
     failure = failed_simulation(app_directory, settings, tmp_path / "home")
-    assert "train round 1: 0 good of 2 replies" in failure
+    # all rounds of the run have failed, though fewer in a row than max-failed-rounds
+    assert "train round 2: 0 good of 2 replies" in failure
     assert failure.count("block-size 500 needs at least 501") == 2
 
 
@@ -133,6 +141,65 @@ def test_ctrl_c_ends_every_process(
             os.killpg(process.pid, signal.SIGINT)  # to the group, as a terminal does
             time.sleep(0.5)
         assert process.wait(60) == 130
+
+
+@contextmanager
+def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a session of its own, of which nothing is left afterwards."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            # Flower's programs and Ray's start sessions of their own
+            while living := descendants():
+                for found in living:
+                    with suppress(psutil.NoSuchProcess):
+                        found.kill()
+                psutil.wait_procs(living, timeout=0.2)
+            process.wait()
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    app_directory: Path, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = tiny | {
+        "num-server-rounds": 4,
+        "max-steps": 5,
+        "uplink": "2-bit",
+        "downlink": "2-bit",
+        "outer-momentum": 0.5,
+    }
+
+    def of_run(name: str, **more: str) -> dict[str, Any]:
+        places = {"output-dir": str(tmp_path / name), "client-state": str(tmp_path / f"{name}-c")}
+        return settings | places | more
+
+    status, printed = run("simulate", app_directory, of_run("whole"))
+    assert status == 0, printed
+    (whole,) = run_directories(tmp_path / "whole")
+
+    second = "*/checkpoints/round-000002/round.json"
+    with started(command("simulate", app_directory, of_run("cut")), tmp_path / "log") as process:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "cut").glob(second)) and time.monotonic() < deadline:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+    (cut,) = run_directories(tmp_path / "cut")
+    done = len((cut / "metrics.jsonl").read_text().splitlines())
+    assert done < 5, "the run had finished before it was killed"
+    assert not (cut / "sample.txt").exists()
+
+    status, printed = run("simulate", app_directory, of_run("cut", **{"resume-from": str(cut)}))
+    assert status == 0, printed
+    assert run_directories(tmp_path / "cut") == [cut]
+    for name in ("metrics.jsonl", "sample.txt"):
+        assert (cut / name).read_text() == (whole / name).read_text()
+    assert (cut / "model" / "model.safetensors").read_bytes() == (
+        whole / "model" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_supernodes_train_on_their_own_directories_reproducibly(

@@ -6,10 +6,10 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from flower_adapter import Dropped
+from flower_adapter import Dropped, StreamingFedAvg
 from nanogpt_flower.client_app import app as client_app
 from nanogpt_flower.composition import VocabularyMismatch, sample_prompt
-from nanogpt_flower.server_app import ask_vocabulary, left_out, wait_for_clients
+from nanogpt_flower.server_app import ask_vocabulary, left_out, outer_strategy, wait_for_clients
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, DataError
 
@@ -100,3 +100,20 @@ def test_a_prompt_outside_the_vocabulary_is_named_with_its_character() -> None:
 def test_the_default_prompt_fits_every_text() -> None:
     assert sample_prompt(Settings(), CharTokenizer("\nab")) == "\n"
     assert sample_prompt(Settings(), CharTokenizer("ab")) == "a"
+
+
+def test_the_settings_of_the_rounds_reach_the_strategy() -> None:
+    outer = outer_strategy(
+        Settings(
+            outer_learning_rate=0.7,
+            outer_momentum=0.9,
+            fraction_train=0.5,
+            fraction_evaluate=0.25,
+            min_clients=4,
+        )
+    )
+    assert (outer.learning_rate, outer.momentum) == (0.7, 0.9)
+    average = outer.strategy
+    assert isinstance(average, StreamingFedAvg)
+    assert (average.fraction_train, average.fraction_evaluate) == (0.5, 0.25)
+    assert average.min_available_nodes == 4

@@ -55,6 +55,20 @@ def test_the_readmes_list_every_key_with_its_default(app_directory: Path, readme
         ("top-k", "many", "a whole number of at least 0"),
         ("corpus", "", "tiny-shakespeare"),
         ("output-dir", "", "a directory that can be written"),
+        ("min-replies", 0, "a whole number of at least 1"),
+        ("max-failed-rounds", 0, "a whole number of at least 1"),
+        ("round-timeout", -1.0, "a number of seconds of at least 0"),
+        ("round-timeout", float("inf"), "a number of seconds of at least 0"),
+        ("outer-learning-rate", 0.0, "a number above 0 and at most 10"),
+        ("outer-learning-rate", float("nan"), "a number above 0 and at most 10"),
+        ("outer-momentum", 1.0, "a number of at least 0 and less than 1"),
+        ("outer-momentum", -0.1, "a number of at least 0 and less than 1"),
+        ("uplink", "3-bit", '"2-bit" or "top-k:FRACTION"'),
+        ("uplink", "top-k:2", '"2-bit" or "top-k:FRACTION"'),
+        ("downlink", "", '"2-bit" or "top-k:FRACTION"'),
+        ("keep-checkpoints", 0, "a whole number of at least 1"),
+        ("resume-from", 3, "the directory of a run that was cut off"),
+        ("client-state", False, "a directory that can be written"),
     ],
 )
 def test_a_bad_value_is_named_with_its_key_and_what_is_allowed(
@@ -84,3 +98,9 @@ def test_a_whole_number_serves_as_a_rate() -> None:
 def test_an_unknown_key_is_named() -> None:
     with pytest.raises(SettingsError, match="n-layers is no setting"):
         Settings.from_run_config({"n-layers": 2})
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "int4", "2-bit", "top-k:0.1"])
+def test_every_codec_serves_both_ways(codec: str) -> None:
+    settings = Settings.from_run_config({"uplink": codec, "downlink": codec})
+    assert (settings.uplink, settings.downlink) == (codec, codec)

@@ -9,9 +9,19 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flower_adapter import ArrayMismatch, load_arrays, npy, to_arrays
+from flower_adapter import (
+    ArrayMismatch,
+    add,
+    average_arrays,
+    load_arrays,
+    npy,
+    subtract,
+    to_arrays,
+)
 
 
 class Tied(nn.Module):
@@ -341,3 +351,190 @@ def test_arrays_are_written_and_read_as_numpy_does(
     np.testing.assert_array_equal(npy.from_array(by_numpy), values, strict=True)
     np.testing.assert_array_equal(npy.to_array(values).numpy(), values, strict=True)
     assert npy.to_array(values) == Array(np.ascontiguousarray(values).reshape(shape))
+
+
+def record(**values: NDArray[np.generic]) -> ArrayRecord:
+    return ArrayRecord({name: npy.to_array(np.asarray(held)) for name, held in values.items()})
+
+
+INTEGERS = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
+
+
+@st.composite
+def exact_pairs(draw: st.DrawFn) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+    """Two arrays alike, of integers or bools, often at the ends of their range."""
+    dtype = np.dtype(draw(st.sampled_from(["?", *INTEGERS])))
+    shape = draw(hnp.array_shapes(min_dims=0, max_dims=3, max_side=4))
+    elements = None
+    if dtype.kind != "b":
+        low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+        ends = st.sampled_from([low, low + 1, 0, high - 1, high])
+        elements = ends | st.integers(low, high)
+    one, two = (draw(hnp.arrays(dtype, shape, elements=elements)) for _ in range(2))
+    return one, two
+
+
+@settings(deadline=None, max_examples=200)
+@given(exact_pairs())
+def test_integers_and_bools_come_back_exactly_from_their_delta(
+    pair: tuple[NDArray[np.generic], NDArray[np.generic]],
+) -> None:
+    arrays, base = record(x=pair[0]), record(x=pair[1])
+    delta = subtract(arrays, base)
+    assert delta["x"].dtype == ("int8" if pair[0].dtype.kind == "b" else "int64")
+    assert add(base, delta) == arrays
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_an_integer_delta_is_the_difference(dtype: str) -> None:
+    info = np.iinfo(dtype)
+    values, base = (
+        np.array([0, 5, info.max, info.max], dtype),
+        np.array([1, 0, info.max - 1, info.max], dtype),
+    )
+    assert subtract(record(x=values), record(x=base))["x"].numpy().tolist() == [-1, 5, 1, 0]
+
+
+FLOATS = {"<f2": 2.0**-10, "<f4": 2.0**-23, "<f8": 2.0**-52, "<c8": 2.0**-23, "<c16": 2.0**-52}
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(sorted(FLOATS)),
+    hnp.array_shapes(min_dims=0, max_dims=3, max_side=4),
+    st.integers(0, 2**32),
+    st.integers(-3, 3),
+)
+def test_floats_come_back_from_their_delta_to_the_precision_of_the_larger(
+    dtype: str, shape: tuple[int, ...], seed: int, exponent: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    values, base = (
+        np.asarray(generator.standard_normal(shape) * scale).astype(dtype)
+        for scale in (1, 10.0**exponent)
+    )
+    arrays, before = record(x=values), record(x=base)
+    delta = subtract(arrays, before)
+    back = add(before, delta)["x"]
+    assert (delta["x"].dtype, back.dtype) == (arrays["x"].dtype, arrays["x"].dtype)
+    assert tuple(back.shape) == shape
+    exact = values.astype(np.complex128) - base
+    largest = max(1e-3, np.abs(values).max(initial=0), np.abs(base).max(initial=0))
+    atol = 4 * float(largest) * FLOATS[dtype]
+    np.testing.assert_allclose(delta["x"].numpy(), exact, rtol=0, atol=atol)
+    np.testing.assert_allclose(back.numpy(), values, rtol=0, atol=atol)
+
+
+def test_a_delta_between_powers_of_two_is_exact() -> None:
+    arrays, base = record(x=np.array([1.5, -2.0])), record(x=np.array([0.5, 2.0]))
+    assert subtract(arrays, base)["x"].numpy().tolist() == [1.0, -4.0]
+    assert add(base, subtract(arrays, base)) == arrays
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name != "odd"])
+def test_a_module_moved_by_its_delta_is_the_other_module(name: str) -> None:
+    torch.manual_seed(1)
+    source, base, target = ZOO[name](), ZOO[name](), ZOO[name]()
+    arrays, before = to_arrays(source), to_arrays(base)
+    load_arrays(target, add(before, subtract(arrays, before)))
+    for key, tensor in source.state_dict().items():
+        torch.testing.assert_close(target.state_dict()[key], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_every_array_that_does_not_match_the_base_is_named() -> None:
+    base = record(same=np.ones(2), shape=np.ones(2), dtype=np.ones(2), gone=np.ones(2))
+    arrays = record(
+        same=np.ones(2), shape=np.ones((1, 2)), dtype=np.ones(2, np.float32), new=np.ones(2)
+    )
+    with pytest.raises(ArrayMismatch) as caught:
+        subtract(arrays, base)
+    assert caught.value.mismatches == {
+        "gone": "is missing",
+        "shape": "is float64 (1, 2), should be float64 (2,)",
+        "dtype": "is float32 (2,), should be float64 (2,)",
+        "new": "is float64 (2,), should not be there",
+    }
+    with pytest.raises(ArrayMismatch) as caught:
+        add(base, arrays)  # a delta may have another dtype
+    assert set(caught.value.mismatches) == {"gone", "shape", "new"}
+
+
+@pytest.mark.parametrize(
+    ("base", "delta", "message"),
+    [
+        (np.int8(100), np.int64(28), "holds 128 to 128, should be -128 to 127"),
+        (np.uint8(1), np.int64(-2), "holds -1 to -1, should be 0 to 255"),
+        (np.uint32(2**32 - 1), np.int64(1), "should be 0 to 4294967295"),
+        (np.bool_(True), np.int8(1), "should be 0 to 1"),
+        (np.bool_(False), np.float64(-1), "should be 0 to 1"),
+        (np.int64(1), np.float64(np.nan), "NaN or Inf, should be int64"),
+        (np.int64(1), np.float64(2.0**63), "should be -9223372036854775808 to"),
+    ],
+)
+def test_a_sum_out_of_range_is_named(base: np.generic, delta: np.generic, message: str) -> None:
+    with pytest.raises(ArrayMismatch) as caught:
+        add(record(x=np.asarray(base), y=np.ones(1)), record(x=np.asarray(delta), y=np.ones(1)))
+    assert list(caught.value.mismatches) == ["x"]
+    assert message in caught.value.mismatches["x"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("base", "delta"),
+    [
+        (np.float32(3e38), np.float32(3e38)),
+        (np.float16(65504), np.float16(65504)),
+        (np.float32(1), np.float64(1e300)),
+        (np.float32(1), np.complex64(1j)),
+        (np.int64(1), np.complex64(1j)),
+        (np.int64(2**63 - 1), np.float64(1)),
+        (np.uint64(0), np.float64(-1)),
+    ],
+    ids=lambda value: f"{value.dtype} {value}",
+)
+def test_a_sum_that_its_dtype_cannot_hold_is_named(base: np.generic, delta: np.generic) -> None:
+    with pytest.raises(ArrayMismatch, match="x "):
+        add(record(x=np.asarray(base)), record(x=np.asarray(delta)))
+
+
+@pytest.mark.parametrize("averaged_by", ["flower", "average_arrays"])
+def test_averaged_deltas_move_a_module_to_the_average(averaged_by: str) -> None:
+    torch.manual_seed(1)
+    base, one, two, result = (ZOO["batch norm"]() for _ in range(4))
+    for module, count in ((base, 100), (one, 103), (two, 110)):
+        module[1].num_batches_tracked.fill_(count)
+        module[1].running_mean.fill_(count / 2)
+    before = to_arrays(base)
+    deltas = [subtract(to_arrays(module), before) for module in (one, two)]
+    if averaged_by == "flower":
+        replies = [
+            RecordDict({"a": delta, "m": MetricRecord({"num-examples": weight})})
+            for delta, weight in zip(deltas, (1, 2), strict=True)
+        ]
+        mean = aggregate_arrayrecords(replies, "num-examples")
+        assert mean["1.num_batches_tracked"].dtype == "float64"
+    else:
+        mean = average_arrays(zip(deltas, (1, 2), strict=True))
+
+    moved = add(before, mean)
+    load_arrays(result, moved)
+
+    assert moved["1.num_batches_tracked"].dtype == "int64"
+    assert result[1].num_batches_tracked.item() == 108  # 107.67
+    torch.testing.assert_close(result[1].running_mean, torch.full((3,), 323 / 6))
+    mean_weight = (one[0].weight.double() + 2 * two[0].weight.double()) / 3
+    torch.testing.assert_close(result[0].weight.double(), mean_weight, rtol=1e-6, atol=1e-6)
+
+
+def test_a_mask_is_moved_by_the_rounded_average_of_its_deltas() -> None:
+    base = record(mask=np.array([True, True, False, False]))
+    delta = record(mask=np.array([-0.7, -0.2, 0.7, 0.2]))
+    assert add(base, delta)["mask"].numpy().tolist() == [False, True, True, False]
+
+
+def test_neither_the_base_nor_the_delta_is_changed() -> None:
+    base, delta = record(x=np.array([1, 2]), y=np.ones(2)), record(x=np.array([3, 4]), y=np.ones(2))
+    copies = pickle.loads(pickle.dumps((base, delta)))
+    add(base, delta)
+    subtract(base, delta)
+    assert (base, delta) == copies

@@ -1,17 +1,21 @@
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 from flwr.common.serde import context_from_proto, context_to_proto
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from flower_adapter import StateFormatError, restore_state, save_state, state_size
+from flower_adapter import StateFormatError, drop_state, restore_state, save_state, state_size
+from flower_adapter.packing import pack, read_file, unpack, write_file
 
 
 @pytest.fixture
@@ -27,10 +31,25 @@ def same(one: Any, other: Any) -> bool:
         return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, set):
+        return one == other and sorted(map(repr, one)) == sorted(map(repr, other))
+    if isinstance(one, np.ndarray | np.generic):
+        alike = one.dtype == other.dtype and one.shape == other.shape
+        return alike and one.tobytes() == other.tobytes()
+    if isinstance(one, Array):
+        return vars(one) == vars(other)
+    if isinstance(one, ArrayRecord | ConfigRecord | MetricRecord | RecordDict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, torch.Tensor):
         raw = [t.contiguous().view(-1).view(torch.uint8) for t in (one, other)]
         return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*raw)
     return repr(one) == repr(other)
+
+
+def restored(context: Context, **names: Any) -> dict[str, Any]:
+    states = restore_state(context, **names)
+    assert states is not None
+    return states
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -60,7 +79,7 @@ def test_training_goes_on_bit_for_bit_with_a_restored_optimizer(
     optimizer = OPTIMIZERS[name](model.parameters())
     for _ in range(3):
         step(model, optimizer)
-    save_state(context, "optimizer", optimizer.state_dict())
+    save_state(context, model=model, optimizer=optimizer)
     twin = nn.Linear(4, 3, dtype=dtype)
     twin.load_state_dict(model.state_dict())
     for _ in range(5):
@@ -68,7 +87,7 @@ def test_training_goes_on_bit_for_bit_with_a_restored_optimizer(
 
     sent = context_from_proto(context_to_proto(context))
     twin_optimizer = OPTIMIZERS[name](twin.parameters())
-    twin_optimizer.load_state_dict(restore_state(sent, "optimizer"))
+    restore_state(sent, model=twin, optimizer=twin_optimizer)
     for _ in range(5):
         step(twin, twin_optimizer)
 
@@ -76,14 +95,119 @@ def test_training_goes_on_bit_for_bit_with_a_restored_optimizer(
     assert torch.equal(twin.weight, model.weight)
 
 
+class Training:
+    """Dropout, momentum and a schedule, so that all three kinds of state show in the weights."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(8, 1)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=20)
+        self.generator = torch.Generator().manual_seed(1)
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            x = torch.rand(4, 8, generator=self.generator)
+            self.optimizer.zero_grad()
+            self.model(x).square().sum().backward()
+            self.optimizer.step()
+            self.schedule.step()
+
+    def parts(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "generator": self.generator,
+        }
+
+
+def test_optimizer_schedule_and_generator_go_on_bit_for_bit_as_targets(context: Context) -> None:
+    whole, interrupted, resumed = Training(), Training(), Training()
+    whole.steps(12)
+    interrupted.steps(5)
+    save_state(context, model=interrupted.model, **interrupted.parts())
+    resumed.model.load_state_dict(interrupted.model.state_dict())
+    states = restore_state(context, model=resumed.model, **resumed.parts())
+    assert states is not None
+    assert list(states) == ["optimizer", "schedule", "generator"]
+    resumed.steps(7)
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+    assert resumed.schedule.get_last_lr() == whole.schedule.get_last_lr()
+    assert same(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
+
+
 def test_a_restored_generator_draws_the_same_numbers(context: Context) -> None:
     generator = torch.Generator().manual_seed(5)
     torch.rand(7, generator=generator)
-    save_state(context, "generator", generator.get_state())
+    save_state(context, generator=generator)
     expected = torch.rand(9, generator=generator)
     other = torch.Generator()
-    other.set_state(restore_state(context, "generator"))
+    restore_state(context, generator=other)
     assert torch.equal(torch.rand(9, generator=other), expected)
+
+
+def warnings_of(log: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in log.records if r.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (nn.Linear(4, 5), "weight of the model is float32 (5, 4), was float32 (3, 4)"),
+        (nn.Linear(4, 3).double(), "bias of the model is float64 (3,), was float32 (3,)"),
+        (nn.Linear(4, 3, bias=False), "bias of the model is not there, was float32 (3,)"),
+        (nn.Bilinear(4, 1, 3), "weight of the model is float32 (3, 4, 1), was float32 (3, 4)"),
+        (
+            nn.Sequential(nn.Linear(4, 3)),
+            "0.weight of the model is float32 (3, 4), was not there",
+        ),
+    ],
+)
+def test_the_state_of_a_changed_model_is_dropped_and_the_change_is_named(
+    changed: nn.Module, named: str, context: Context, flower_log: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Linear(4, 3)
+    save_state(context, name="s", model=model, optimizer=torch.optim.SGD(model.parameters()))
+    optimizer = torch.optim.SGD(changed.parameters(), lr=0.5)
+    assert restore_state(context, name="s", model=changed, optimizer=optimizer) is None
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    [warning] = warnings_of(flower_log)
+    assert warning.startswith("state s is dropped: ")
+    assert named in warning
+    assert not context.state
+
+
+def test_a_model_of_the_same_names_and_shapes_keeps_its_state(
+    context: Context, flower_log: pytest.LogCaptureFixture
+) -> None:
+    save_state(context, model=nn.Linear(4, 3), x=1)
+    assert restore_state(context, model=nn.Linear(4, 3)) == {"x": 1}
+    assert restore_state(context) == {"x": 1}
+    assert not warnings_of(flower_log)
+
+
+def test_a_state_for_another_class_of_target_is_dropped(
+    context: Context, flower_log: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Linear(4, 3)
+    save_state(context, optimizer=torch.optim.SGD(model.parameters()))
+    adam = torch.optim.Adam(model.parameters())
+    assert restore_state(context, optimizer=adam) is None
+    assert warnings_of(flower_log) == ["state state is dropped: optimizer is a Adam, was a SGD"]
+    assert restore_state(context, optimizer=adam) is None
+
+
+def test_a_target_that_was_not_saved_is_a_key_error_and_nothing_is_loaded(
+    context: Context,
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    save_state(context, generator=generator)
+    other = torch.Generator().manual_seed(4)
+    before = other.get_state()
+    with pytest.raises(KeyError, match=r"\['other'\] were not saved, only \['generator'\]"):
+        restore_state(context, generator=other, other=torch.Generator())
+    assert torch.equal(other.get_state(), before)
+    assert restore_state(context) is not None
 
 
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)
@@ -105,21 +229,38 @@ ALL_BYTES = torch.arange(256, dtype=torch.uint8)
     ],
 )
 def test_tensors_keep_every_bit(tensor: torch.Tensor, context: Context) -> None:
-    save_state(context, "x", tensor)
-    assert same(restore_state(context, "x"), tensor.resolve_conj())
+    save_state(context, x=tensor)
+    assert same(restored(context)["x"], tensor.resolve_conj())
 
 
 def tensors(values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-LEAVES = (
+PLAIN = (
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats()
     | st.text()
+    | st.binary()
+    | st.sets(st.integers())
+)
+NUMPY = hnp.arrays(
+    st.one_of(
+        hnp.boolean_dtypes(),
+        hnp.integer_dtypes(),
+        hnp.floating_dtypes(sizes=(16, 32, 64)),
+        hnp.complex_number_dtypes(sizes=(64, 128)),
+    ),
+    hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=3),
+)
+LEAVES = (
+    PLAIN
     | st.builds(tensors, st.lists(st.floats(), max_size=3))
+    | NUMPY
+    | hnp.from_dtype(np.dtype("float32"))
+    | hnp.from_dtype(np.dtype("int64"))
 )
 STATES = st.recursive(
     LEAVES,
@@ -136,39 +277,137 @@ STATES = st.recursive(
 @given(STATES)
 def test_any_nested_state_comes_back_as_it_was(state: Any) -> None:
     context = Context(1, 2, {}, RecordDict(), {})
-    save_state(context, "s", state)
-    assert same(restore_state(context, "s"), state)
+    save_state(context, s=state)
+    assert same(restored(context)["s"], state)
+
+
+RECORDS = RecordDict(
+    {
+        "arrays": ArrayRecord({"w": Array(np.arange(3.0)), "n": Array(np.array(7))}),
+        "config": ConfigRecord({"lr": 0.1, "name": "x", "raw": b"\0\xff", "many": [1, 2]}),
+        "metrics": MetricRecord({"loss": 0.5, "hits": [1, 2]}),
+    }
+)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        np.arange(6.0).reshape(2, 3).T,
+        np.array(2.5, np.float16),
+        np.empty((0, 4), np.complex128),
+        np.float32(0.1),
+        np.uint64(2**64 - 1),
+        np.bool_(True),
+        b"\x00\xff",
+        {1, 2, 3},
+        {"ab", None, (1, 2.5)},
+        ArrayRecord({"w": Array(np.arange(3.0))}),
+        Array("float32", (2,), "of a codec", b"\1\2\3"),
+        RECORDS,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_arrays_scalars_bytes_sets_and_records_come_back_as_they_were(
+    state: Any, context: Context
+) -> None:
+    save_state(context, x=state)
+    assert same(restored(context)["x"], state)
+
+
+def test_restored_numpy_arrays_can_be_written(context: Context) -> None:
+    save_state(context, x=np.zeros(3))
+    restored(context)["x"][:] = 1
+    assert restored(context)["x"].tolist() == [0, 0, 0]
+
+
+FILED = {
+    "complex128": torch.randn(3, 2, dtype=torch.complex128),
+    "complex64": np.array([1 + 2j], np.complex64),
+    "bfloat16": ALL_BYTES.view(torch.bfloat16),
+    "float8": ALL_BYTES.view(torch.float8_e4m3fn),
+    "scalar": torch.tensor(1.5, dtype=torch.bfloat16),
+    "empty": torch.empty(0, 3, dtype=torch.complex128),
+    "bool": np.array([True, False]),
+    "uint64": torch.tensor([2**64 - 1], dtype=torch.uint64),
+    "encoded": Array("float32", (2,), "of a codec", b"\1\2\3"),
+    "records": RECORDS,
+    "nested": [{1: (b"\0", {2.5}), "x": None}, float("nan"), -(2**70)],
+}
+
+
+def test_a_packed_state_comes_back_from_a_file_as_it_was(tmp_path: Path) -> None:
+    write_file(tmp_path / "x", *pack(FILED, "x"))
+    assert same(unpack(*read_file(tmp_path / "x")), FILED)
+
+
+@settings(deadline=None, max_examples=50)
+@given(STATES)
+def test_any_packed_state_comes_back_from_a_file_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, state: Any
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any"
+    write_file(path, *pack(state, "x"))
+    assert same(unpack(*read_file(path)), state)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.3, 0.7, 0.999])
+def test_a_truncated_file_is_refused(part: float, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    write_file(path, *pack(FILED, "x"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(ValueError, match="x is truncated or of another kind"):
+        read_file(path)
+
+
+def test_a_file_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="x"):
+        read_file(tmp_path / "x")
 
 
 def test_restored_tensors_are_new_and_can_be_written(context: Context) -> None:
     kept = torch.zeros(3)
-    save_state(context, "x", kept)
-    restore_state(context, "x").fill_(1)
-    assert torch.equal(restore_state(context, "x"), kept)
+    save_state(context, x=kept)
+    restored(context)["x"].fill_(1)
+    assert torch.equal(restored(context)["x"], kept)
 
 
 def test_nothing_saved_is_none_and_takes_no_bytes(context: Context) -> None:
-    assert restore_state(context, "x") is None
-    assert state_size(context, "x") == 0
+    assert restore_state(context, name="x") is None
+    assert restore_state(context, name="x", generator=torch.Generator()) is None
+    assert state_size(context, name="x") == 0
 
 
-def test_size_grows_with_the_tensors(context: Context) -> None:
-    save_state(context, "small", {"a": torch.zeros(10)})
-    save_state(context, "large", {"a": torch.zeros(1010)})
-    assert state_size(context, "large") - state_size(context, "small") == 4000
+def test_size_grows_with_the_tensors_and_is_returned(context: Context) -> None:
+    small = save_state(context, name="small", a=torch.zeros(10))
+    large = save_state(context, name="large", a=torch.zeros(1010))
+    assert state_size(context, name="small") == small
+    assert state_size(context, name="large") == large
+    assert large - small == 4000
 
 
 def test_a_state_takes_the_place_of_the_one_before(context: Context) -> None:
-    save_state(context, "x", [torch.zeros(5), torch.zeros(5)])
-    save_state(context, "y", "other")
-    save_state(context, "x", [1])
-    assert restore_state(context, "x") == [1]
-    assert restore_state(context, "y") == "other"
+    save_state(context, name="x", v=[torch.zeros(5), torch.zeros(5)])
+    save_state(context, name="y", v="other")
+    save_state(context, name="x", w=[1])
+    assert restore_state(context, name="x") == {"w": [1]}
+    assert restore_state(context, name="y") == {"v": "other"}
+
+
+def test_a_dropped_state_is_gone_and_others_stay(context: Context) -> None:
+    save_state(context, name="x", v=1)
+    save_state(context, name="y", v=2)
+    drop_state(context, name="x")
+    drop_state(context, name="never saved")
+    assert restore_state(context, name="x") is None
+    assert restore_state(context, name="y") == {"v": 2}
+    assert not [key for key in context.state if key.startswith("x.")]
 
 
 def test_an_ordered_dict_becomes_a_dict(context: Context) -> None:
-    save_state(context, "x", OrderedDict(b=1, a=2))
-    assert same(restore_state(context, "x"), {"b": 1, "a": 2})
+    save_state(context, x=OrderedDict(b=1, a=2))
+    assert same(restored(context)["x"], {"b": 1, "a": 2})
 
 
 class Point(NamedTuple):
@@ -178,8 +417,9 @@ class Point(NamedTuple):
 @pytest.mark.parametrize(
     ("state", "path"),
     [
-        ({"a": [1, {2: {3}}]}, r"x\['a'\]\[1\]\[2\] is a set"),
-        ({"a": np.float32(1)}, r"x\['a'\] is a float32"),
+        ({"a": [1, {2: object()}]}, r"x\['a'\]\[1\]\[2\] is a object"),
+        ({"a": np.array([None])}, r"x\['a'\] is a numpy array of object"),
+        ({"a": {(1, Path())}}, r"x\['a'\]\[0\]\[1\] is a PosixPath"),
         ([Point(1)], r"x\[0\] is a Point"),
         ({(1, 2): 3}, r"x has the key \(1, 2\)"),
         ({True: 3}, r"x has the key True"),
@@ -189,37 +429,46 @@ class Point(NamedTuple):
 def test_what_cannot_be_saved_is_named_and_the_old_state_stays(
     state: Any, path: str, context: Context
 ) -> None:
-    save_state(context, "x", [1])
+    save_state(context, name="s", x=[1])
+    path = path.replace("x", r"s\['x'\]", 1)
     with pytest.raises(TypeError, match=path):
-        save_state(context, "x", state)
-    assert restore_state(context, "x") == [1]
+        save_state(context, name="s", x=state)
+    assert restore_state(context, name="s") == {"x": [1]}
+
+
+def node(content: str) -> dict[str, Any]:
+    """The records of a state of one entry, whose JSON is `content`."""
+    json = f'{{"dict":[["v",{content}]]}}'
+    return {"format": 2, "json": json, "kinds": '{"v":"Tensor"}', "model": "null"}
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"format": 2, "json": "1"}, "is of format 2, should be of format 1"),
+        ({**node("1"), "format": 1}, "is of format 1, should be of format 2"),
         ({"json": "1"}, "is of format None"),
-        ({"format": 1}, "KeyError"),
-        ({"format": 1, "json": "[1"}, "JSONDecodeError"),
-        ({"format": 1, "json": '{"tensor":["7","float32"]}'}, "KeyError: '7'"),
-        ({"format": 1, "json": '{"tensor":["0","Tensor"]}'}, "unknown dtype 'Tensor'"),
-        ({"format": 1, "json": '{"tensor":["0","float64"]}'}, "Cannot cast"),
-        ({"format": 1, "json": '{"tensor":["0","bfloat16"]}'}, "Cannot cast"),
-        ({"format": 1, "json": '{"set":[]}'}, "unknown kind 'set'"),
+        ({"format": 2}, "KeyError"),
+        ({**node("1"), "json": "[1"}, "JSONDecodeError"),
+        ({**node("1"), "json": 1}, "TypeError"),
+        (node('{"tensor":["7","float32"]}'), "KeyError: '7'"),
+        (node('{"tensor":["0","Tensor"]}'), "unknown dtype 'Tensor'"),
+        (node('{"tensor":["0","float64"]}'), "Cannot cast"),
+        (node('{"tensor":["0","bfloat16"]}'), "Cannot cast"),
+        (node('{"pickle":[]}'), "unknown kind 'pickle'"),
     ],
 )
 def test_altered_records_are_refused(
     config: dict[str, Any], message: str, context: Context
 ) -> None:
-    save_state(context, "x", torch.zeros(2))
+    save_state(context, name="x", v=torch.zeros(2))
     context.state["x.structure"] = ConfigRecord(config)
     with pytest.raises(StateFormatError, match=message):
-        restore_state(context, "x")
+        restore_state(context, name="x")
 
 
-def test_half_a_state_is_refused(context: Context) -> None:
-    save_state(context, "x", torch.zeros(2))
-    del context.state["x.arrays"]
+@pytest.mark.parametrize("part", ["arrays", "structure"])
+def test_half_a_state_is_refused(part: str, context: Context) -> None:
+    save_state(context, name="x", v=torch.zeros(2))
+    del context.state[f"x.{part}"]
     with pytest.raises(StateFormatError, match=r"needs both x\.structure and x\.arrays"):
-        restore_state(context, "x")
+        restore_state(context, name="x")

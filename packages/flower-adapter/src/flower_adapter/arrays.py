@@ -8,7 +8,7 @@
 - Loading checks everything before it writes anything.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,8 +16,10 @@ import torch
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from flower_adapter import npy
+from flower_adapter.selection import Entry, Selection
 
 _FLOAT8 = (
     torch.float8_e4m3fn,
@@ -70,41 +72,48 @@ class ArrayMismatch(ValueError):
         return "\n".join([f"arrays do not fit {self.module_name}:", *lines])
 
 
-def to_arrays(module_or_state_dict: nn.Module | Mapping[str, Tensor]) -> ArrayRecord:
+def to_arrays(
+    module_or_state_dict: nn.Module | Mapping[str, Tensor], *, select: Selection | None = None
+) -> ArrayRecord:
     """The parameters and persistent buffers of a module, named as in its `state_dict`.
 
     Of names that share storage, offset, shape and stride only the first in `state_dict` order is
-    in the record. Dtypes stay, except bfloat16 and float8, which become float32 (exactly).
+    in the record. Dtypes stay, except bfloat16 and float8, which become float32 (exactly). With
+    `select` (see `flower_adapter.selection`) only those entries are in it for which it is true.
 
     Raises:
         TypeError: an entry is no dense tensor with data of a supported dtype, or a module's
             `state_dict` gives an entry that is no parameter or buffer of it (extra state).
-        ValueError: two names differ only in what `torch.compile` puts into them.
+        ValueError: two names differ only in what `torch.compile` puts into them, or nothing is
+            selected.
     """
     tensors = _named_tensors(module_or_state_dict)
     record = ArrayRecord()
-    for name, *_ in _tied_names(tensors):
-        record[name] = npy.to_array(_wire_values(tensors[name]))
+    for name, *_ in _selected(module_or_state_dict, tensors, select):
+        record[name] = to_array(tensors[name])
     return record
 
 
-def load_arrays(module: nn.Module, record: ArrayRecord) -> None:
+def load_arrays(module: nn.Module, record: ArrayRecord, *, select: Selection | None = None) -> None:
     """Copy `record`, as `to_arrays` makes it, into the parameters and buffers of `module`.
 
     A tied weight needs one of its names in the record; where there are several they must agree.
     A float array for an integer or bool buffer, which plain averaging makes, is rounded. A float
-    array of another width, or an integer array, is cast to a float parameter.
+    array of another width, or an integer array, is cast to a float parameter. With `select` the
+    record must hold what it selects and nothing else.
 
     Raises:
         ArrayMismatch: names are missing or unexpected, shapes differ, or values cannot be cast
             (complex to real, NaN to integer, out of range). The module is as before.
         TypeError: as in `to_arrays`.
+        ValueError: nothing is selected.
     """
     tensors = _named_tensors(module)
-    arrays = _canonical_names(record)
+    arrays = _canonical_names(record, known=tensors)
     fitted: list[tuple[Tensor, NDArray[Any] | Tensor]] = []
     mismatches: dict[str, str] = {}
-    for names in _tied_names(tensors):
+    groups = _selected(module, tensors, select)
+    for names in groups:
         target = tensors[names[0]]
         sent = [name for name in names if name in arrays]
         if not sent:
@@ -119,9 +128,11 @@ def load_arrays(module: nn.Module, record: ArrayRecord) -> None:
                 fitted.append((target, values))
             elif arrays[name].data != arrays[sent[0]].data:
                 mismatches[name] = f"differs from {sent[0]}, should equal it: they are tied"
+    allowed = {name for names in groups for name in names}
     for name, array in arrays.items():
-        if name not in tensors:
-            mismatches[name] = f"is {_describe(array)}, should not be there"
+        if name not in allowed:
+            where = "is not selected" if name in tensors else "should not be there"
+            mismatches[name] = f"is {_describe(array)}, {where}"
     if mismatches:
         raise ArrayMismatch(type(module).__name__, mismatches)
     with torch.no_grad():
@@ -129,10 +140,147 @@ def load_arrays(module: nn.Module, record: ArrayRecord) -> None:
             _write(target, values)
 
 
+def signature(module_or_state_dict: nn.Module | Mapping[str, Tensor]) -> dict[str, str]:
+    """Dtype and shape of each parameter and persistent buffer: "float32 (3, 4)"."""
+    return {
+        name: _describe(tensor) for name, tensor in _named_tensors(module_or_state_dict).items()
+    }
+
+
+def subtract(arrays: ArrayRecord, base: ArrayRecord) -> ArrayRecord:
+    """The delta that `add` turns back into `arrays`, for names and shapes that both have.
+
+    Floats and complex numbers keep their dtype and so lose what their precision cannot hold;
+    integers become int64 and bools int8, exactly.
+
+    Raises:
+        ArrayMismatch: names, shapes or dtypes differ.
+    """
+    _require_alike(arrays, base)
+    return ArrayRecord({name: _difference(array, base[name]) for name, array in arrays.items()})
+
+
+def add(base: ArrayRecord, delta: ArrayRecord) -> ArrayRecord:
+    """`base` moved by `delta`, as `subtract` makes it, in the dtypes of `base`.
+
+    A float delta of an integer or bool array, which averaging makes, is rounded. Integer deltas of
+    64 bits wrap round, as those of `subtract` do.
+
+    Raises:
+        ArrayMismatch: names or shapes differ, a delta cannot be cast, or a sum is out of the range
+            of its dtype.
+    """
+    _require_alike(delta, base, dtypes=False)
+    moved, mismatches = ArrayRecord(), {}
+    for name, array in base.items():
+        try:
+            moved[name] = npy.to_array(_sum(npy.from_array(array), npy.from_array(delta[name])))
+        except ValueError as err:
+            mismatches[name] = str(err)
+    if mismatches:
+        raise ArrayMismatch("the base", mismatches)
+    return moved
+
+
+def _sum(values: NDArray[Any], change: NDArray[Any]) -> NDArray[Any]:
+    if values.dtype.kind in "fc":
+        change = _cast(change, values.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = np.asarray(values + change)
+        if np.any(np.isfinite(values) & np.isfinite(change) & ~np.isfinite(total)):
+            raise ValueError(f"moves out of the range of {values.dtype}")
+        return total
+    wraps = change.dtype.kind in "iu"
+    change = _cast(change, np.dtype(np.int64))
+    if values.dtype.itemsize < 8:
+        return _cast(np.asarray(values.astype(np.int64) + change), values.dtype)
+    total = np.asarray(values + change.astype(values.dtype))
+    if not wraps and np.any((total < values) != (change < 0)):
+        raise ValueError(f"moves out of the range of {values.dtype}")
+    return total
+
+
+def _difference(array: Array, base: Array) -> Array:
+    values, before = npy.from_array(array), npy.from_array(base)
+    kind = values.dtype.kind
+    if kind == "b":
+        return npy.to_array(values.astype(np.int8) - before.astype(np.int8))
+    if kind in "iu":
+        # Wraps round, as `_sum` does, so the largest integers come back too.
+        return npy.to_array(values.astype(np.int64) - before.astype(np.int64))
+    return npy.to_array(np.asarray(values - before))
+
+
+def _require_alike(arrays: ArrayRecord, base: ArrayRecord, *, dtypes: bool = True) -> None:
+    mismatches = {name: "is missing" for name in base if name not in arrays}
+    for name, array in arrays.items():
+        if np.dtype(array.dtype).kind not in "biufc":
+            mismatches[name] = f"is {_describe(array)}, which has no difference"
+        elif name not in base:
+            mismatches[name] = f"is {_describe(array)}, should not be there"
+        elif array.shape != base[name].shape or (dtypes and array.dtype != base[name].dtype):
+            mismatches[name] = f"is {_describe(array)}, should be {_describe(base[name])}"
+    if mismatches:
+        raise ArrayMismatch("the base", mismatches)
+
+
+def to_array(tensor: Tensor) -> Array:
+    """A dense tensor of any device and strides as an `Array`; what numpy lacks as float32."""
+    array, target = npy.allocate(np.dtype(WIRE_DTYPES[tensor.dtype]), tuple(tensor.shape))
+    target.copy_(tensor.detach())
+    return array
+
+
+def entries(module: nn.Module) -> list[Entry]:
+    """What `select` is asked about: each distinct parameter and persistent buffer."""
+    return [entry for _, entry in _entries(module, _named_tensors(module))]
+
+
+def _entries(
+    module_or_state_dict: nn.Module | Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> list[tuple[list[str], Entry]]:
+    """The tied names of each distinct tensor, and its entry."""
+    owners = {}
+    if isinstance(module_or_state_dict, nn.Module):
+        owners = _owners(module_or_state_dict)
+    return [
+        (names, Entry(names[0], *owners.get(names[0], (tensors[names[0]], None))))
+        for names in _tied_names(tensors)
+    ]
+
+
+def _selected(
+    module_or_state_dict: nn.Module | Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    select: Selection | None,
+) -> list[list[str]]:
+    """The groups of tied names that `select` is true for."""
+    if select is None:
+        return _tied_names(tensors)
+    found = _entries(module_or_state_dict, tensors)
+    chosen = [names for names, entry in found if select(entry)]
+    if found and not chosen:
+        raise ValueError(f"nothing is selected of {', '.join(entry.name for _, entry in found)}")
+    return chosen
+
+
+def _owners(module: nn.Module) -> dict[str, tuple[Tensor, nn.Module]]:
+    """Each parameter and buffer, with its gradient flag, and the module that it is a part of."""
+    held: dict[str, tuple[Tensor, nn.Module]] = {}
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for prefix, holder in modules.items():
+        # What a parametrization holds belongs to the module that it is put on.
+        owner = modules[f".{prefix}".partition(".parametrizations.")[0].removeprefix(".")]
+        own = (*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False))
+        for name, tensor in own:
+            held[f"{prefix}.{name}" if prefix else name] = (tensor, owner)
+    return _canonical_names(held)
+
+
 def _named_tensors(module_or_state_dict: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not isinstance(module_or_state_dict, nn.Module):
         return _canonical_names(_checked(module_or_state_dict))
-    tensors = _checked(module_or_state_dict.state_dict())
+    tensors = _checked(module_or_state_dict.state_dict(keep_vars=True))
     held = (*module_or_state_dict.parameters(), *module_or_state_dict.buffers())
     live = {t.untyped_storage().data_ptr() for t in held if t.layout == torch.strided}
     for name, tensor in tensors.items():
@@ -145,6 +293,8 @@ def _checked(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
     for name, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, should be a tensor")
+        if is_lazy(tensor):
+            raise TypeError(f"{name} is not initialized yet: call the model once, then it is")
         if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in WIRE_DTYPES:
             allowed = ", ".join(_dtype_name(dtype) for dtype in WIRE_DTYPES)
             raise TypeError(
@@ -154,10 +304,14 @@ def _checked(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
     return state_dict
 
 
-def _canonical_names(named: Mapping[str, T]) -> dict[str, T]:
-    """`named` by the names of the bare module, in the same order."""
+def _canonical_names(named: Mapping[str, T], known: Container[str] = ()) -> dict[str, T]:
+    """`named` by the names of the bare module, in the same order; `known` are right already."""
     names = [".".join(part for part in name.split(".") if part != "_orig_mod") for name in named]
-    while names and all(name.startswith("module.") for name in names):
+    while (
+        names
+        and all(name.startswith("module.") for name in names)
+        and not any(name in known for name in names)
+    ):
         names = [name.removeprefix("module.") for name in names]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -180,18 +334,6 @@ def _tied_names(tensors: Mapping[str, Tensor]) -> list[list[str]]:
         # Empty tensors have no storage to share.
         groups.setdefault(key if tensor.numel() else name, []).append(name)
     return list(groups.values())
-
-
-def _wire_values(tensor: Tensor) -> NDArray[Any]:
-    if tensor.dtype in WIDENED:
-        tensor = tensor.float()
-    return numpy_values(tensor)
-
-
-def numpy_values(tensor: Tensor) -> NDArray[Any]:
-    """A dense tensor of a dtype that numpy has, as a C-ordered array."""
-    values: NDArray[Any] = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().numpy()
-    return values
 
 
 def _fit(array: Array, target: Tensor) -> NDArray[Any] | Tensor:

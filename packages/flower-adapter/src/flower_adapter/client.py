@@ -8,7 +8,7 @@ with an error reply of that sentence; everything else is left to Flower.
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeAlias, TypeVar
 
@@ -22,16 +22,20 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from flwr.common.constant import ErrorCode
 from torch import nn
 
-from flower_adapter.arrays import load_arrays, to_arrays
+from flower_adapter.arrays import entries, load_arrays, to_arrays
 from flower_adapter.label import CLIENT, LABEL_ACTION, default_label, label_record
+from flower_adapter.selection import Selection
+from flower_adapter.state import restore_state, save_state
 
 Metrics: TypeAlias = Mapping[str, float | int]
 Model = TypeVar("Model", bound=nn.Module)
 BuildModel: TypeAlias = Callable[[ConfigRecord, Context], Model]
 Work: TypeAlias = Callable[[Model, ConfigRecord, Context], Metrics]
+PERSONAL = "flower-adapter.personal"  # the state of what is not shared
 REFUSED = (ValueError, ArithmeticError, OSError)
 Query: TypeAlias = Callable[[Context], ConfigRecord]
 Handler: TypeAlias = Callable[[Message, Context], Message]
@@ -47,6 +51,8 @@ def torch_client_app(
     *,
     label: Callable[[Context], str] | None = None,
     queries: Mapping[str, Query] | None = None,
+    select: Selection | None = None,
+    mods: Sequence[Mod] = (),
 ) -> ClientApp:
     """A ClientApp that trains, and evaluates, the model that the server sends.
 
@@ -63,18 +69,26 @@ def torch_client_app(
     `queries` are further questions by name: a message of type "query.vocabulary" is answered with
     the record that the function under "vocabulary" returns, as the record "client" of the reply.
 
+    With `select` (see `flower_adapter.selection`) the server's arrays and the reply's are those
+    that it selects. What else is trained, and buffers, stay with the client, in its context, from
+    round to round; what is neither selected nor trained is what `build_model` makes it.
+
+    `mods` are Flower's and this package's, the outermost first: `[Durable("state"), wire_mod]`.
+
     A ValueError (ArrayMismatch is one), ArithmeticError or OSError that one of the functions raises
     is logged on the client with its traceback and sent to the server as "ValueError: its text",
     word for word.
     """
     label = label or default_label
-    app = ClientApp()
+    app = ClientApp(mods=list(mods))
 
     def run(work: Work[Model], message: Message, context: Context) -> tuple[str, Model, RecordDict]:
         key, arrays = _single_arrays(message)
         config = next(iter(message.content.config_records.values()), ConfigRecord())
         model = build_model(config, context)
-        load_arrays(model, arrays)
+        if select is not None:
+            _load_personal(model, context, select)
+        load_arrays(model, arrays, select=select)
         metrics = _checked_metrics(work(model, config, context), work)
         records = RecordDict({"metrics": metrics, CLIENT: label_record(label(context))})
         return key, model, records
@@ -83,7 +97,9 @@ def torch_client_app(
     @_refusing
     def handle_train(message: Message, context: Context) -> Message:
         key, model, records = run(train, message, context)
-        records[key] = to_arrays(model)
+        records[key] = to_arrays(model, select=select)
+        if select is not None:
+            _save_personal(model, context, select)
         return Message(records, reply_to=message)
 
     if evaluate is not None:
@@ -120,6 +136,30 @@ def _refusing(handler: Handler) -> Handler:
             return Message(error, reply_to=message)
 
     return handle
+
+
+def _personal(model: nn.Module, select: Selection) -> set[str]:
+    """Names of what a client trains, or counts, but does not share; not what is frozen."""
+    return {
+        entry.name
+        for entry in entries(model)
+        if not select(entry)
+        and (entry.tensor.requires_grad or not isinstance(entry.tensor, nn.Parameter))
+    }
+
+
+def _save_personal(model: nn.Module, context: Context, select: Selection) -> None:
+    names = _personal(model, select)
+    if names:
+        arrays = to_arrays(model, select=lambda entry: entry.name in names)
+        save_state(context, name=PERSONAL, model=model, arrays=arrays)
+
+
+def _load_personal(model: nn.Module, context: Context, select: Selection) -> None:
+    saved = restore_state(context, name=PERSONAL, model=model)
+    if saved is not None:
+        names = _personal(model, select)
+        load_arrays(model, saved["arrays"], select=lambda entry: entry.name in names)
 
 
 def _single_arrays(message: Message) -> tuple[str, ArrayRecord]:

@@ -1,59 +1,76 @@
 """Torch state kept in a Flower `Context` between rounds, bit for bit.
 
-`context.state` gets two records for a state called `name`: the tensors in the ArrayRecord
+`context.state` gets two records for a state called `name`: the arrays in the ArrayRecord
 `name.arrays`, and what holds them (dicts, lists, tuples, numbers, strings) as JSON in the
-ConfigRecord `name.structure`. Nothing is pickled. dtypes that numpy lacks (bfloat16, float8) are
-stored as integers of the same bits; such arrays are for `restore_state`, not for averaging.
+ConfigRecord `name.structure`. Nothing is pickled. A context lives as long as its run; `Durable`
+keeps it in a directory.
 """
 
 import json
-import math
-from collections import OrderedDict
-from typing import Any, TypeAlias, cast
+import logging
+from collections.abc import Mapping
+from typing import Any, cast
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context
-from torch import Tensor
+from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.app.typing import ConfigRecordValues
+from torch import nn
 
-from flower_adapter import npy
-from flower_adapter.arrays import WIDENED, WIRE_DTYPES, numpy_values
+from flower_adapter.arrays import signature
+from flower_adapter.packing import pack, unpack
 
-FORMAT = 1
+FORMAT = 2
 
-State: TypeAlias = (
-    dict[Any, Any] | list[Any] | tuple[Any, ...] | Tensor | int | float | bool | str | None
-)
-
-_BITS = {1: torch.uint8, 2: torch.int16}
+# Flower's own logger, so that the lines appear in the client's log.
+_logger = logging.getLogger("flwr")
 
 
 class StateFormatError(ValueError):
     """What the context holds under a name is not a state of this format."""
 
 
-def save_state(context: Context, name: str, state: State) -> None:
-    """Keep `state` in `context.state` under `name`, in place of what was there.
+def save_state(
+    context: Context, *, name: str = "state", model: nn.Module | None = None, **states: Any
+) -> int:
+    """Keep `states` in `context.state` under `name`, in place of what was there.
 
-    `state` nests dict (str or int keys), list, tuple, Tensor, int, float, bool, str and None, as
-    the `state_dict` of an optimizer or of a learning-rate schedule does.
+    Each state is something with a `state_dict()` (an optimizer, a scheduler, a module, the position
+    of a data loader), a `torch.Generator`, or nests dict (str or int keys), list, tuple, Tensor,
+    numpy array, int, float, bool, str, bytes and None. Of `model` only the names, shapes and dtypes
+    are kept: `restore_state` drops the state when they have changed.
+
+    Returns:
+        the bytes that the state takes in the context; they are logged as well, at debug level.
 
     Raises:
         TypeError: something else is in it; the message gives its path. What was kept stays.
     """
-    arrays = ArrayRecord()
-    structure = json.dumps(_encode(state, name, arrays), allow_nan=False, separators=(",", ":"))
-    context.state[f"{name}.arrays"] = arrays
-    context.state[f"{name}.structure"] = ConfigRecord({"format": FORMAT, "json": structure})
+    kept = {key: _state_of(value) for key, value in states.items()}
+    structure, arrays = pack(kept, name)
+    kinds = json.dumps({key: _kind(value) for key, value in states.items()})
+    of_model = json.dumps(None if model is None else signature(model))
+    about: dict[str, ConfigRecordValues]
+    about = {"format": FORMAT, "json": structure, "kinds": kinds, "model": of_model}
+    context.state[f"{name}.arrays"] = ArrayRecord(arrays)
+    context.state[f"{name}.structure"] = ConfigRecord(about)
+    size = state_size(context, name=name)
+    _logger.debug("state %s: %s bytes kept in the context", name, f"{size:,}")
+    return size
 
 
-def restore_state(context: Context, name: str) -> Any:
-    """The state saved under `name`, or None if there is none.
+def restore_state(
+    context: Context, *, name: str = "state", model: nn.Module | None = None, **targets: Any
+) -> dict[str, Any] | None:
+    """The states saved under `name`, or None if there are none.
 
-    Tensors are new, on the CPU, of the dtype and bits they had. A parameter comes back as a plain
-    tensor and an OrderedDict as a dict; everything else has the type it had.
+    Each of `targets` (with a `load_state_dict`, or a `torch.Generator`) is given the state that was
+    saved under its keyword. Tensors are new, on the CPU, of the dtype and bits they had.
+
+    A state that no longer fits is dropped, with a warning that says what has changed: `model` has
+    other names, shapes or dtypes than the one it was saved with, or a target is of another class.
 
     Raises:
+        KeyError: a target was not saved; the message has what was.
         StateFormatError: the records are incomplete, altered or of another format version.
     """
     structure, arrays = (context.state.get(f"{name}.{part}") for part in ("structure", "arrays"))
@@ -66,80 +83,64 @@ def restore_state(context: Context, name: str) -> Any:
             f"{name}: is of format {structure.get('format')!r}, should be of format {FORMAT}"
         )
     try:
-        return _decode(json.loads(cast(str, structure["json"])), arrays)
+        kinds = json.loads(cast(str, structure["kinds"]))
+        saved_model = json.loads(cast(str, structure["model"]))
+        states = unpack(cast(str, structure["json"]), arrays)
     except (AttributeError, KeyError, TypeError, ValueError) as err:
         raise StateFormatError(f"{name}: {type(err).__name__}: {err}") from err
+    if missing := targets.keys() - states.keys():
+        raise KeyError(f"{name}: {sorted(missing)} were not saved, only {sorted(states)}")
+    if changes := _changes(saved_model, model, kinds, targets):
+        _logger.warning("state %s is dropped: %s", name, "; ".join(changes))
+        drop_state(context, name=name)
+        return None
+    for key, target in targets.items():
+        if isinstance(target, torch.Generator):
+            target.set_state(states[key])
+        else:
+            target.load_state_dict(states[key])
+    return cast(dict[str, Any], states)
 
 
-def state_size(context: Context, name: str) -> int:
+def drop_state(context: Context, *, name: str = "state") -> None:
+    """Take the state under `name` out of the context, if there is one."""
+    for part in ("structure", "arrays"):
+        context.state.pop(f"{name}.{part}", None)
+
+
+def state_size(context: Context, *, name: str = "state") -> int:
     """Bytes that the state under `name` takes in the context; 0 if there is none."""
     records = (context.state.get(f"{name}.{part}") for part in ("structure", "arrays"))
     return sum(record.count_bytes() for record in records if record is not None)
 
 
-def _encode(value: Any, path: str, arrays: ArrayRecord) -> Any:
-    kind = type(value)
-    if value is None or kind in (bool, int, str):
-        return value
-    if kind is float:
-        return value if math.isfinite(value) else {"float": str(value)}
-    if kind in (list, tuple):
-        items = [_encode(item, f"{path}[{i}]", arrays) for i, item in enumerate(value)]
-        return {kind.__name__: items}
-    if kind in (dict, OrderedDict):
-        pairs = [[_key(k, path), _encode(v, f"{path}[{k!r}]", arrays)] for k, v in value.items()]
-        return {"dict": pairs}
-    if isinstance(value, Tensor):
-        return {"tensor": _store(value, path, arrays)}
-    raise TypeError(f"{path} is a {kind.__name__}, which cannot be saved")
+def _state_of(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    return value.state_dict() if callable(getattr(value, "state_dict", None)) else value
 
 
-def _key(key: Any, path: str) -> Any:
-    if type(key) not in (int, str):
-        raise TypeError(f"{path} has the key {key!r}, should have keys of type int or str")
-    return key
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
-def _store(tensor: Tensor, path: str, arrays: ArrayRecord) -> list[str]:
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in WIRE_DTYPES:
-        raise TypeError(
-            f"{path} is a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}, "
-            "which cannot be saved"
-        )
-    key = str(len(arrays))
-    bits = tensor.view(_bits_dtype(tensor.dtype)) if tensor.dtype in WIDENED else tensor
-    arrays[key] = npy.to_array(numpy_values(bits))
-    return [key, str(tensor.dtype).removeprefix("torch.")]
-
-
-def _decode(node: Any, arrays: ArrayRecord) -> Any:
-    if not isinstance(node, dict):
-        return node
-    [(kind, content)] = node.items()
-    if kind == "float":
-        return float(content)
-    if kind == "list":
-        return [_decode(item, arrays) for item in content]
-    if kind == "tuple":
-        return tuple(_decode(item, arrays) for item in content)
-    if kind == "dict":
-        return {key: _decode(value, arrays) for key, value in content}
-    if kind == "tensor":
-        key, dtype = content
-        return _load(arrays[key], dtype)
-    raise ValueError(f"unknown kind {kind!r}")
-
-
-def _load(array: Array, dtype_name: str) -> Tensor:
-    dtype = getattr(torch, dtype_name)
-    if dtype not in WIRE_DTYPES:
-        raise ValueError(f"unknown dtype {dtype_name!r}")
-    values = npy.from_array(array)
-    bits = torch.empty(values.shape, dtype=_bits_dtype(dtype))
-    np.copyto(bits.numpy(), values, casting="no")
-    return bits.view(dtype)
-
-
-def _bits_dtype(dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, or an integer of its size if numpy lacks it."""
-    return _BITS[dtype.itemsize] if dtype in WIDENED else dtype
+def _changes(
+    saved_model: Mapping[str, str] | None,
+    model: nn.Module | None,
+    kinds: Mapping[str, str],
+    targets: Mapping[str, Any],
+) -> list[str]:
+    """What no longer fits, in words."""
+    changes = [
+        f"{key} is a {_kind(target)}, was a {kinds[key]}"
+        for key, target in targets.items()
+        if _kind(target) != kinds[key]
+    ]
+    if model is None or saved_model is None:
+        return changes
+    now = signature(model)
+    for entry in [*saved_model, *(added for added in now if added not in saved_model)]:
+        was, is_now = saved_model.get(entry, "not there"), now.get(entry, "not there")
+        if was != is_now:
+            changes.append(f"{entry} of the model is {is_now}, was {was}")
+    return changes

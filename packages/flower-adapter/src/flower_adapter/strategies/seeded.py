@@ -7,15 +7,15 @@ made by `torch_client_app` have a label that is the same in every run; here it d
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from flwr.supercore.run import Run
 
 from flower_adapter.label import LABEL_QUERY, label_of
+from flower_adapter.strategies.grid import GridView
 from flower_adapter.strategies.wrapper import Wrapper, logger
 
 LABEL_TIMEOUT = 600.0  # seconds
@@ -26,11 +26,13 @@ Configure = Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]]
 class Seeded(Wrapper):
     """`strategy`, with node sampling and summation order decided by `seed` and client labels.
 
-    Replies reach the strategy sorted by the label they carry. While the strategy chooses nodes,
-    the global `random` is seeded from seed, round and phase, and put back afterwards, and the grid
-    lists nodes by label. Labels are asked for with one query to each node, and only once the
-    strategy leaves out a node; the strategy then chooses again. Nodes without a label come last,
-    by id, and nodes that share one go by id: a warning says that this is not reproducible.
+    Replies reach the strategy sorted by the label they carry: each waits until those before it are
+    there, and in the first round, when labels are new, all wait for the last. While the strategy
+    chooses nodes, the global `random` is seeded from seed, round and phase, and put back
+    afterwards, and the grid lists nodes by label. Labels are asked for with one query to each node,
+    and only once the strategy leaves out a node; the strategy then chooses again. Nodes without a
+    label come last, by id, and nodes that share one go by id: a warning says that this is not
+    reproducible.
 
     Reproducible means the same for the same set of connected nodes. numpy's and torch's random
     state, and so the noise of Flower's differential privacy, are not touched.
@@ -40,6 +42,7 @@ class Seeded(Wrapper):
         super().__init__(strategy)
         self.seed = seed
         self._labels: dict[int, str | None] = {}
+        self._sent_to: list[int] = []
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -49,7 +52,7 @@ class Seeded(Wrapper):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        return super().aggregate_train(server_round, self._sorted(replies))
+        return super().aggregate_train(server_round, self._in_order(replies))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -61,7 +64,7 @@ class Seeded(Wrapper):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        return super().aggregate_evaluate(server_round, self._sorted(replies))
+        return super().aggregate_evaluate(server_round, self._in_order(replies))
 
     def _configure(
         self,
@@ -87,6 +90,7 @@ class Seeded(Wrapper):
         if chosen and unknown and nodes - chosen:
             self._ask(sorted(unknown), grid)
             messages = choose()
+        self._sent_to = [message.metadata.dst_node_id for message in messages]
         return messages
 
     def _ask(self, nodes: list[int], grid: Grid) -> None:
@@ -100,13 +104,24 @@ class Seeded(Wrapper):
         label = self._labels.get(node)
         return label is None, label or "", node
 
-    def _sorted(self, replies: Iterable[Message]) -> list[Message]:
-        replies = list(replies)
-        labels = {r.metadata.src_node_id: label_of(r) for r in replies if not r.has_error()}
+    def _in_order(self, replies: Iterable[Message]) -> Iterator[Message]:
+        """Replies by label; where all labels are known, each as soon as its turn comes."""
+        known = all(self._labels.get(node) is not None for node in self._sent_to)
+        order = sorted(self._sent_to, key=self._order) if known else []
+        waiting: dict[int, Message] = {}
+        for reply in replies:
+            waiting[reply.metadata.src_node_id] = reply
+            while order and order[0] in waiting:
+                yield waiting.pop(order.pop(0))
+        self._learn(reply for reply in waiting.values() if not reply.has_error())
+        for node in sorted(waiting, key=self._order):
+            yield waiting.pop(node)
+
+    def _learn(self, replies: Iterable[Message]) -> None:
+        labels = {reply.metadata.src_node_id: label_of(reply) for reply in replies}
         if len(labels) > 1:
             _warn_of_chance(labels)
         self._labels.update({node: label for node, label in labels.items() if label is not None})
-        return sorted(replies, key=lambda reply: self._order(reply.metadata.src_node_id))
 
 
 def _warn_of_chance(labels: dict[int, str | None]) -> None:
@@ -118,43 +133,15 @@ def _warn_of_chance(labels: dict[int, str | None]) -> None:
             logger.warning("%d nodes share the label %r: not reproducible", count, label)
 
 
-class _Ordered(Grid):
+class _Ordered(GridView):
     """A view of `grid` that lists its nodes in the order of `key`."""
 
     def __init__(self, grid: Grid, key: Callable[[int], tuple[bool, str, int]]) -> None:
-        self._grid = grid
+        super().__init__(grid)
         self._key = key
 
     def get_node_ids(self) -> Iterable[int]:
-        return sorted(self._grid.get_node_ids(), key=self._key)
+        return sorted(self.grid.get_node_ids(), key=self._key)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        return sorted(self._grid.get_nodes(), key=lambda node: self._key(node.node_id))
-
-    @property
-    def run(self) -> Run:
-        return self._grid.run
-
-    def set_run(self, run: Run) -> None:
-        self._grid.set_run(run)
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self._grid.pull_messages(message_ids)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        return self._grid.send_and_receive(messages, timeout=timeout)
+        return sorted(self.grid.get_nodes(), key=lambda node: self._key(node.node_id))

@@ -1,0 +1,220 @@
+"""Nested state as JSON and named arrays, bit for bit, without pickle.
+
+What is kept between rounds, in a `Context` or in a file, goes through here: dicts, lists, tuples,
+numbers, strings and bytes become JSON; tensors, numpy arrays and Flower's arrays become Flower
+`Array`s beside it. dtypes that numpy lacks (bfloat16, float8) are kept as integers of the same
+bits: such arrays are for `unpack`, not for averaging.
+"""
+
+import base64
+import json
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from flower_adapter import npy
+from flower_adapter.arrays import WIDENED, WIRE_DTYPES, to_array
+
+_BITS = {1: torch.uint8, 2: torch.int16}
+_RECORDS = {
+    "ArrayRecord": ArrayRecord,
+    "ConfigRecord": ConfigRecord,
+    "MetricRecord": MetricRecord,
+    "RecordDict": RecordDict,
+}
+# What a safetensors file can hold of numpy's dtypes; the rest is kept as bytes.
+_FILE_KINDS = frozenset(
+    ["bool", "float16", "float32", "float64"]
+    + [f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 32, 64)]
+)
+_STRUCTURE, _FOREIGN = "structure", "foreign"
+
+
+def pack(value: Any, path: str) -> tuple[str, dict[str, Array]]:
+    """`value` as JSON and the arrays that it names; `path` is what errors call it.
+
+    `value` nests dict (str or int keys), list, tuple, set, Tensor, numpy array or number,
+    int, float, bool, str, bytes, None and Flower's records.
+
+    Raises:
+        TypeError: something else is in it; the message gives its path.
+    """
+    arrays: dict[str, Array] = {}
+    structure = _encode(value, path, arrays)
+    return json.dumps(structure, allow_nan=False, separators=(",", ":")), arrays
+
+
+def unpack(structure: str, arrays: Mapping[str, Array]) -> Any:
+    """The value that `pack` was given. Tensors are new, on the CPU, of the dtype and bits they had.
+
+    A parameter comes back as a plain tensor and an OrderedDict as a dict; everything else has the
+    type it had.
+
+    Raises:
+        KeyError, TypeError, ValueError: `structure` and `arrays` are not what `pack` made.
+    """
+    return _decode(json.loads(structure), arrays)
+
+
+def write_file(path: Path, structure: str, arrays: Mapping[str, Array]) -> None:
+    """Write a safetensors file and have it on the disk before returning; not atomic by itself.
+
+    Arrays of a dtype or serialization that safetensors lacks are in it as bytes.
+    """
+    values: dict[str, NDArray[Any]] = {}
+    foreign: dict[str, tuple[str, list[int], str]] = {}
+    for name, array in arrays.items():
+        if array.stype == npy.STYPE and array.dtype in _FILE_KINDS:
+            values[name] = npy.from_array(array)
+        else:
+            values[name] = np.frombuffer(array.data, np.uint8)
+            foreign[name] = (array.dtype, list(array.shape), array.stype)
+    save_file(values, path, {_STRUCTURE: structure, _FOREIGN: json.dumps(foreign)})
+    sync(path)
+
+
+def read_file(path: Path) -> tuple[str, dict[str, Array]]:
+    """What `write_file` was given.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is truncated, or no file of `write_file`.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = file.metadata() or {}
+            structure, foreign = about[_STRUCTURE], json.loads(about[_FOREIGN])
+            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is truncated or of another kind: {error}") from error
+    arrays = {}
+    for name, found in values.items():
+        if name in foreign:
+            dtype, shape, stype = foreign[name]
+            arrays[name] = Array(dtype, tuple(shape), stype, found.tobytes())
+        else:
+            arrays[name] = npy.to_array(found)
+    return structure, arrays
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a directory's entries, on the disk; a no-op where directories cannot be."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a directory on Windows
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _encode(value: Any, path: str, arrays: dict[str, Array]) -> Any:
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {"float": str(value)}
+    if kind is bytes:
+        return {"bytes": base64.b64encode(value).decode()}
+    if kind in (list, tuple, set):
+        items = [_encode(item, f"{path}[{i}]", arrays) for i, item in enumerate(value)]
+        return {kind.__name__: items}
+    if kind in (dict, OrderedDict):
+        return {"dict": _pairs(value, path, arrays)}
+    if kind in _RECORDS.values():
+        return {kind.__name__: _pairs(value, path, arrays)}
+    if kind is Array:
+        return {"array": _keep(value, arrays)}
+    if isinstance(value, np.ndarray | np.generic):
+        return {"numpy": _numpy(value, path, arrays)}
+    if isinstance(value, Tensor):
+        return {"tensor": _tensor(value, path, arrays)}
+    raise TypeError(f"{path} is a {kind.__name__}, which cannot be saved")
+
+
+def _pairs(value: Mapping[Any, Any], path: str, arrays: dict[str, Array]) -> list[list[Any]]:
+    return [[_key(k, path), _encode(v, f"{path}[{k!r}]", arrays)] for k, v in value.items()]
+
+
+def _key(key: Any, path: str) -> Any:
+    if type(key) not in (int, str):
+        raise TypeError(f"{path} has the key {key!r}, should have keys of type int or str")
+    return key
+
+
+def _keep(array: Array, arrays: dict[str, Array]) -> str:
+    name = str(len(arrays))
+    arrays[name] = array
+    return name
+
+
+def _numpy(value: NDArray[Any] | np.generic, path: str, arrays: dict[str, Array]) -> list[Any]:
+    if value.dtype.hasobject or value.dtype.names:
+        raise TypeError(f"{path} is a numpy array of {value.dtype}, which cannot be saved")
+    return [_keep(npy.to_array(np.asarray(value)), arrays), isinstance(value, np.generic)]
+
+
+def _tensor(tensor: Tensor, path: str, arrays: dict[str, Array]) -> list[str]:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in WIRE_DTYPES:
+        raise TypeError(
+            f"{path} is a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}, "
+            "which cannot be saved"
+        )
+    bits = tensor.view(_bits_dtype(tensor.dtype)) if tensor.dtype in WIDENED else tensor
+    name = _keep(to_array(bits), arrays)
+    return [name, str(tensor.dtype).removeprefix("torch.")]
+
+
+def _decode(node: Any, arrays: Mapping[str, Array]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    [(kind, content)] = node.items()
+    if kind == "float":
+        return float(content)
+    if kind == "bytes":
+        return base64.b64decode(content)
+    if kind == "list":
+        return [_decode(item, arrays) for item in content]
+    if kind in ("tuple", "set"):
+        return {"tuple": tuple, "set": set}[kind](_decode(item, arrays) for item in content)
+    if kind == "dict":
+        return {key: _decode(value, arrays) for key, value in content}
+    if kind in _RECORDS:
+        return _RECORDS[kind]({key: _decode(value, arrays) for key, value in content})
+    if kind == "array":
+        return arrays[content]
+    if kind == "numpy":
+        name, is_scalar = content
+        values = npy.from_array(arrays[name])
+        return values[()] if is_scalar else values.copy()
+    if kind == "tensor":
+        name, dtype = content
+        return _load(arrays[name], dtype)
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def _load(array: Array, dtype_name: str) -> Tensor:
+    dtype = getattr(torch, dtype_name)
+    if dtype not in WIRE_DTYPES:
+        raise ValueError(f"unknown dtype {dtype_name!r}")
+    values = npy.from_array(array)
+    bits = torch.empty(values.shape, dtype=_bits_dtype(dtype))
+    np.copyto(bits.numpy(), values, casting="no")
+    return bits.view(dtype)
+
+
+def _bits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or an integer of its size if numpy lacks it."""
+    return _BITS[dtype.itemsize] if dtype in WIDENED else dtype
