@@ -13,7 +13,7 @@ from flwr.serverapp.strategy.strategy_utils import validate_message_reply_consis
 from flower_adapter import npy
 from flower_adapter.average import Average
 from flower_adapter.strategies.grid import StreamingGrid
-from flower_adapter.strategies.wrapper import Wrapper, logger
+from flower_adapter.strategies.wrapper import Wrapper, empty, logger
 
 
 class StreamingFedAvg(FedAvg):
@@ -49,8 +49,7 @@ class StreamingFedAvg(FedAvg):
                 average.add(arrays, float(metrics[self.weighted_by_key]))  # type: ignore[arg-type]
             except ValueError as error:
                 raise ValueError(f"node {node}: {error}") from error
-            # Emptied, since views of `content` hold its records until the next garbage collection.
-            arrays.clear()
+            empty(reply)
             contents.append(content)
             del reply, content, arrays, metrics
         logger.info("aggregate_train: averaged %d results", len(contents))

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from flower_adapter import npy
-from flower_adapter.strategies.wrapper import Wrapper, logger, weight_key
+from flower_adapter.strategies.wrapper import Wrapper, empty, logger, weight_key
 
 NO_REPLY = "no reply in time"
 ENOUGH_TO_COMPARE = 3  # replies that wait for each other until their norms are judged
@@ -195,6 +195,7 @@ class Guarded(Wrapper):
                     yield reply
                 else:
                     drop(node, reason)
+                    empty(reply)
                 del reply
 
         judged = sound() if phase == "evaluate" else self._of_usual_norm(sound(), drop)
@@ -246,6 +247,7 @@ class Guarded(Wrapper):
                         f"should be at most {self.max_norm_ratio:g} times that"
                     )
                     drop(reply.metadata.src_node_id, reason)
+                    empty(reply)
                 else:
                     norms.append(norm)
                     yield reply
@@ -258,6 +260,7 @@ class Guarded(Wrapper):
             else:
                 [arrays] = reply.content.array_records.values()
                 drop(reply.metadata.src_node_id, "; ".join(_not_finite(arrays)))
+                empty(reply)
             del reply
             if len(norms) + len(waiting) >= ENOUGH_TO_COMPARE:
                 yield from judge()

@@ -36,7 +36,7 @@ class Wired(Wrapper):
 
     Raises:
         CodecError: a codec is unknown; from `configure_train` and `configure_evaluate`, the model
-            holds NaN or Inf, or the strategy sends a model of its own to each client.
+            has moved by NaN or Inf, or the strategy sends a model of its own to each client.
     """
 
     def __init__(self, strategy: Strategy, *, uplink: str = "bf16", downlink: str = "bf16") -> None:
@@ -77,11 +77,12 @@ class Wired(Wrapper):
             return super().received(reply)
         answer = reply.content.pop(WIRE, None)
         if isinstance(answer, ConfigRecord) and answer.get("format") == VERSION:
-            self._holders[node] = str(answer.get("version"))
+            self._holders[node] = str(answer.get("version", ""))
         for key, arrays in list(reply.content.array_records.items()):
             if any(map(is_encoded, arrays.values())):
                 try:
                     reply.content[key] = decode(arrays, self._exact)
+                    arrays.clear()
                 except CodecError as error:
                     return super().received(_error_reply(reply, error))
             elif answer is None and not self._is_exact() and node not in self._holders:

@@ -106,6 +106,18 @@ def chain(strategy: object) -> Iterator[object]:
         inner = getattr(inner, "strategy", None)
 
 
+def empty(reply: Message) -> None:
+    """Let go of the arrays of a reply that has been used.
+
+    Views of a message's content refer to themselves and so hold its records until the next garbage
+    collection, which counts objects and not how large they are.
+    """
+    if reply.has_content():
+        for record in reply.content.values():
+            if isinstance(record, ArrayRecord):
+                record.clear()
+
+
 def weight_key(strategy: Strategy) -> str:
     """The metric that `strategy`, or the innermost one it wraps, weights replies by."""
     for inner in chain(strategy):
