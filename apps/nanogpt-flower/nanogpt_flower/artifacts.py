@@ -11,6 +11,7 @@ from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, Corpus
 
 CHECKPOINTS = "checkpoints"
+SHAPE_KEYS = ("n-layer", "n-head", "n-embd", "block-size")  # what a model cannot change later
 MODEL_DIRECTORY = "model"
 TOKENIZER_FILE = "tokenizer.json"
 CORPUS_KEYS = ("name", "source", "sha256", "licence", "note")
@@ -57,18 +58,27 @@ class RunDirectory:
         return cls(writable_directory(output_dir, str(run_id)))
 
     @classmethod
-    def resume(cls, resume_from: str) -> "RunDirectory":
-        """The directory of a run that was cut off.
+    def resume(cls, settings: Settings) -> "RunDirectory":
+        """The directory of the run that was cut off.
 
         Raises:
-            SettingsError: if there is none, with checkpoints in it.
+            SettingsError: if there is none, with checkpoints in it, or if that run's model was
+                another.
         """
+        resume_from = settings.resume_from
         path = Path(resume_from).expanduser().resolve()
         if not (path / CHECKPOINTS).is_dir():
             raise SettingsError(
                 f"resume-from is {resume_from!r}; it must be the directory of a run, but {path} "
                 f"has no {CHECKPOINTS}"
             )
+        config = path / "config.json"
+        if config.exists():
+            before = json.loads(config.read_text(encoding="utf-8"))["settings"]
+            now = settings.to_run_config()
+            if changed := [key for key in SHAPE_KEYS if before[key] != now[key]]:
+                told = ", ".join(f"{key} is {now[key]}, was {before[key]}" for key in changed)
+                raise SettingsError(f"the run in {path} was of another model: {told}")
         return cls(path)
 
     @property

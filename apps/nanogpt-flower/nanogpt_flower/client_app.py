@@ -115,7 +115,7 @@ def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float
 
     prepared = run.prepare(model)
     optimizer = build_optimizer(model, settings.optimizer, learning_rate=settings.learning_rate)
-    state = restore_state(context, model=model, optimizer=optimizer)
+    state = restore_state(context, valid_for=model, optimizer=optimizer)
     done = state["steps"] if state else 0
     batches, steps = training_batches(part, settings, seed)
 
@@ -136,7 +136,7 @@ def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float
         learning_rate=learning_rate,
         on_progress=report,
     )
-    save_state(context, model=model, optimizer=optimizer, steps=done + result.steps)
+    save_state(context, valid_for=model, optimizer=optimizer, steps=done + result.steps)
     return {"train-loss": result.loss, "num-examples": len(part.train)}
 
 

@@ -269,7 +269,7 @@ def check(run_config: Mapping[str, Any], num_clients: int) -> None:
         sample_prompt(settings, tokenizer)
         parts(settings, corpus, tokenizer, num_clients)
     if settings.resume_from:
-        RunDirectory.resume(settings.resume_from)
+        RunDirectory.resume(settings)
     else:
         writable_directory(settings.output_dir)
 

@@ -78,7 +78,7 @@ def main(grid: Grid, context: Context) -> None:
 def run_directory(settings: Settings, context: Context) -> RunDirectory:
     """A new one, or that of the run that is resumed."""
     if settings.resume_from:
-        return RunDirectory.resume(settings.resume_from)
+        return RunDirectory.resume(settings)
     return RunDirectory.create(settings.output_dir, context.run_id)
 
 

@@ -33,7 +33,7 @@ def _codec(default: str) -> Any:
             return False
         return True
 
-    return _key(default, '"fp32", "bf16", "int8", "int4", "2-bit" or "top-k:FRACTION"', known)
+    return _key(default, '"fp32", "bf16", "int8", "int4", "2-bit", "top-k" or "top-k:0.01"', known)
 
 
 def _text(default: str, allowed: str, *, least: int = 1) -> Any:
@@ -123,6 +123,11 @@ class Settings:
             raise SettingsError(
                 f"n-embd is {settings.n_embd}; it must be divisible by n-head, which is "
                 f"{settings.n_head}"
+            )
+        if settings.min_replies > settings.min_clients:
+            raise SettingsError(
+                f"min-replies is {settings.min_replies}; it must be at most min-clients, which is "
+                f"{settings.min_clients}"
             )
         return settings
 

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,19 @@ def test_the_directory_of_a_resumed_run_needs_checkpoints(tmp_path: Path) -> Non
     old = tmp_path / "runs" / "7"
     for path in (old, tmp_path / "nowhere"):
         with pytest.raises(SettingsError, match=r"resume-from is '.*/(7|nowhere)'; .* no checkp"):
-            RunDirectory.resume(str(path))
+            RunDirectory.resume(Settings(resume_from=str(path)))
     (old / CHECKPOINTS).mkdir(parents=True)
-    assert RunDirectory.resume(str(old)).checkpoints == old / CHECKPOINTS
+    assert RunDirectory.resume(Settings(resume_from=str(old))).checkpoints == old / CHECKPOINTS
+
+
+def test_a_run_is_not_resumed_with_another_model(directory: RunDirectory) -> None:
+    directory.checkpoints.mkdir()
+    settings = Settings(resume_from=str(directory.path))
+    runtime = Runtime.resolve(device="cpu")
+    directory.write_config(settings, None, runtime, GPT(GPTConfig(n_layer=1)))
+    assert RunDirectory.resume(settings).path == directory.path
+    with pytest.raises(SettingsError, match=r"another model: n-layer is 2, was 6, n-embd is 192"):
+        RunDirectory.resume(replace(settings, n_layer=2, n_embd=192))
 
 
 def checkpoint(*rounds: tuple[float | None, float | None, float | None, int]) -> Checkpoint:
@@ -55,7 +66,7 @@ def checkpoint(*rounds: tuple[float | None, float | None, float | None, int]) ->
         train.setdefault(at, MetricRecord())["num-replies"] = replies
     return Checkpoint(
         run="1",
-        resumed_after=[],
+        resumed=[],
         server_round=len(rounds),
         arrays=ArrayRecord(),
         model={},

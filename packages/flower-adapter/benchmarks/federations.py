@@ -87,13 +87,13 @@ def train(model: CNN, config: ConfigRecord, context: Context) -> dict[str, float
     torch.manual_seed(int(config["server-round"]))
     x, y = pictures(int(context.node_config["partition-id"]))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    restore_state(context, model=model, optimizer=optimizer)
+    restore_state(context, valid_for=model, optimizer=optimizer)
     for rows in torch.randperm(256).split(32):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
         loss.backward()
         optimizer.step()
-    save_state(context, model=model, optimizer=optimizer)
+    save_state(context, valid_for=model, optimizer=optimizer)
     return {"train_loss": loss.item(), "num-examples": len(y)}
 
 

@@ -373,8 +373,8 @@ def test_a_reply_that_cannot_be_averaged_is_an_error_that_names_the_node() -> No
     [
         (StreamingFedAvg(fraction_evaluate=0.0), 1),
         (OuterOptimizer(StreamingFedAvg(fraction_evaluate=0.0)), 1),
-        # The first three wait for each other.
-        (Guarded(StreamingFedAvg(fraction_evaluate=0.0)), 4),
+        # The first five wait for each other.
+        (Guarded(StreamingFedAvg(fraction_evaluate=0.0)), 6),
     ],
     ids=["StreamingFedAvg", "OuterOptimizer", "Guarded"],
 )
@@ -462,7 +462,7 @@ def test_a_round_without_a_result_keeps_the_momentum() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"learning_rate": 0}, "learning_rate is 0, should be above 0"),
+        ({"learning_rate": 0}, "learning_rate is 0, should be a number above 0"),
         ({"learning_rate": -0.1}, "learning_rate is -0.1"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"momentum": 1}, "momentum is 1, should be at least 0 and below 1"),

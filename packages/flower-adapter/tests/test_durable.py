@@ -30,11 +30,11 @@ def message(
     kind: str,
     server_round: int | None,
     run: str | None = "first",
-    resumed_after: list[int] | None = None,
+    resumed: list[str] | None = None,
 ) -> Message:
     config: dict[str, Any] = {} if server_round is None else {"server-round": server_round}
-    if resumed_after:
-        config[RESUMED] = resumed_after
+    if resumed:
+        config[RESUMED] = resumed
     if run is not None:
         config[RUN] = run
     return Message(RecordDict({"config": ConfigRecord(config)}), 9, kind)
@@ -135,7 +135,7 @@ def test_rounds_are_pruned_by_number_not_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, -1])
 def test_at_least_one_round_is_kept(keep: int) -> None:
-    with pytest.raises(ValueError, match=f"keep is {keep}, should be at least 1"):
+    with pytest.raises(ValueError, match=f"keep is {keep}, should be a whole number of at least 1"):
         Durable("state", keep=keep)
 
 
@@ -162,13 +162,15 @@ def test_a_round_that_was_cut_off_does_not_come_back_when_the_client_sits_it_out
     """Cut off in round 2, after this client trained; in the resumed one others are sampled."""
     mod = Durable(tmp_path)
     train(mod, client(), 1, 2)
-    resumed = client()
-    seen(mod, "evaluate", 1, resumed, resumed_after=[1])
-    assert seen(mod, "train", 3, resumed, resumed_after=[1]) == [1]
-    assert kept(tmp_path) == [*of_rounds(1), "round-000003-1.safetensors"]
-    # and once more, after round 3, of which the second attempt's file is the one that counts
-    train(mod, client(), 4)
-    assert seen(mod, "train", 5, client(), resumed_after=[1, 3]) == [1, 3]
+    second = client()
+    seen(mod, "evaluate", 1, second, resumed=["1:aa"])
+    assert seen(mod, "train", 3, second, resumed=["1:aa"]) == [1]
+    assert kept(tmp_path) == [*of_rounds(1), "round-000003-aa.safetensors"]
+    # and once more, from the same checkpoint: nothing of the second attempt was ever one
+    assert seen(mod, "train", 4, client(), resumed=["1:bb"]) == [1]
+    assert kept(tmp_path) == [*of_rounds(1), "round-000004-bb.safetensors"]
+    # and after a checkpoint of the third
+    assert seen(mod, "train", 5, client(), resumed=["1:bb", "4:cc"]) == [1, 4]
 
 
 def test_a_client_that_sat_rounds_out_takes_its_last_state(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_of_a_state_dict_names_and_tensors_can_be_selected() -> None:
 
 def test_of_a_state_dict_nothing_is_trainable_and_no_layer_is_known() -> None:
     state = convolutional().state_dict()
-    with pytest.raises(ValueError, match="nothing is selected"):
+    with pytest.raises(TypeError, match=r"0\.weight is of a state dict: what is trainable"):
         to_arrays(state, select=trainable)
     with pytest.raises(TypeError, match=r"0\.weight is of a state dict"):
         to_arrays(state, select=without_normalization)
@@ -350,3 +350,8 @@ def test_a_refused_round_leaves_the_client_s_own_layers_as_they_were() -> None:
     assert client.app(Message(records, 9, MessageType.TRAIN), client.context).has_error()
     client.answer(server)
     assert client.found[-1]["1.running_mean"].tolist() == [4, 4, 4]
+
+
+def test_a_pattern_that_was_forgotten_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"for 0\.weight, should be True or False; matching"):
+        to_arrays(convolutional(), select=matching)  # type: ignore[arg-type]

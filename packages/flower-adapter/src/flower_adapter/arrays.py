@@ -108,6 +108,11 @@ def load_arrays(module: nn.Module, record: ArrayRecord, *, select: Selection | N
         TypeError: as in `to_arrays`.
         ValueError: nothing is selected.
     """
+    if not isinstance(record, ArrayRecord):
+        raise TypeError(
+            f"record is a {type(record).__name__}, should be an ArrayRecord; to_arrays makes one "
+            "of a module or of its state dict"
+        )
     tensors = _named_tensors(module)
     arrays = _canonical_names(record, known=tensors)
     fitted: list[tuple[Tensor, NDArray[Any] | Tensor]] = []
@@ -258,10 +263,20 @@ def _selected(
     if select is None:
         return _tied_names(tensors)
     found = _entries(module_or_state_dict, tensors)
-    chosen = [names for names, entry in found if select(entry)]
+    chosen = [names for names, entry in found if _verdict(select, entry)]
     if found and not chosen:
         raise ValueError(f"nothing is selected of {', '.join(entry.name for _, entry in found)}")
     return chosen
+
+
+def _verdict(select: Selection, entry: Entry) -> bool:
+    verdict = select(entry)
+    if not isinstance(verdict, bool):
+        raise TypeError(
+            f"select gave {verdict!r} for {entry.name}, should be True or False; matching and "
+            "excluding are to be called with patterns"
+        )
+    return verdict
 
 
 def _owners(module: nn.Module) -> dict[str, tuple[Tensor, nn.Module]]:
@@ -278,8 +293,11 @@ def _owners(module: nn.Module) -> dict[str, tuple[Tensor, nn.Module]]:
 
 
 def _named_tensors(module_or_state_dict: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if not isinstance(module_or_state_dict, nn.Module):
+    if isinstance(module_or_state_dict, Mapping):
         return _canonical_names(_checked(module_or_state_dict))
+    if not isinstance(module_or_state_dict, nn.Module):
+        kind = type(module_or_state_dict).__name__
+        raise TypeError(f"a module or its state dict is needed, not a {kind}")
     tensors = _checked(module_or_state_dict.state_dict(keep_vars=True))
     held = (*module_or_state_dict.parameters(), *module_or_state_dict.buffers())
     live = {t.untyped_storage().data_ptr() for t in held if t.layout == torch.strided}
@@ -301,6 +319,10 @@ def _checked(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
                 f"{name} is {_describe(tensor)}, layout {tensor.layout}, on {tensor.device}; "
                 f"should be a dense tensor with data, of {allowed}"
             )
+        if tensor.numel() and any(
+            step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+        ):
+            raise TypeError(f"{name} is expanded over one value, should have memory of its own")
     return state_dict
 
 

@@ -33,6 +33,9 @@ class Average:
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._dtypes: dict[str, np.dtype[Any]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._block = _Mean()
@@ -67,7 +70,7 @@ class Average:
         record = ArrayRecord(
             {name: _rounded(mean.arrays[name], dtype) for name, dtype in self._dtypes.items()}
         )
-        self.__init__()  # type: ignore[misc]
+        self._begin()
         return record
 
     def _check(self, values: Values) -> None:

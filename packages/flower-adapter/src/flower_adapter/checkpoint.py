@@ -34,7 +34,7 @@ class Checkpoint:
     """What a run needs to go on after `server_round` as if it had never stopped."""
 
     run: str  # the id of the first run, which a resumed one takes over
-    resumed_after: list[int]  # the round after which each attempt but the first began
+    resumed: list[str]  # "4:1f0c…": round and attempt, for each time it was resumed
     server_round: int
     arrays: ArrayRecord
     model: dict[str, str]  # dtype and shape of each of the initial arrays
@@ -125,7 +125,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except CheckpointError:
         raise
     except (FileNotFoundError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(
+            f"{path} is damaged: {error}; one beside it can be resumed into another directory"
+        ) from error
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -152,11 +152,11 @@ def _save_personal(model: nn.Module, context: Context, select: Selection) -> Non
     names = _personal(model, select)
     if names:
         arrays = to_arrays(model, select=lambda entry: entry.name in names)
-        save_state(context, name=PERSONAL, model=model, arrays=arrays)
+        save_state(context, name=PERSONAL, valid_for=model, arrays=arrays)
 
 
 def _load_personal(model: nn.Module, context: Context, select: Selection) -> None:
-    saved = restore_state(context, name=PERSONAL, model=model)
+    saved = restore_state(context, name=PERSONAL, valid_for=model)
     if saved is not None:
         names = _personal(model, select)
         load_arrays(model, saved["arrays"], select=lambda entry: entry.name in names)

@@ -54,6 +54,8 @@ def codec(name: str) -> Codec:
     Raises:
         CodecError: there is none; the message has those that there are.
     """
+    if not isinstance(name, str):
+        raise CodecError(f"codec is {name!r}, should be a name such as '2-bit'")
     base, _, parameter = name.partition(":")
     if base == "top-k":
         return _top_k(name, parameter)

@@ -11,15 +11,16 @@ from urllib.parse import quote
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
+from flower_adapter.checks import require_count
 from flower_adapter.label import default_label
 from flower_adapter.packing import pack, read_file, sync, unpack, write_file
 from flower_adapter.state import StateFormatError
 from flower_adapter.wire import refusal
 
 RUN = "flower-adapter.run"  # in the server's config: the run that a resumed one goes on with
-RESUMED = "flower-adapter.resumed-after"  # the round after which each attempt but the first began
+RESUMED = "flower-adapter.resumed"  # "4:1f0c…", round and attempt, for each time it was resumed
 _MARK = "flower-adapter.durable"  # in the context: what file it is equal to
-_NAME = re.compile(r"round-(\d{6,})(?:-(\d+))?\.safetensors")
+_NAME = re.compile(r"round-(\d{6,})(?:-([0-9a-f]+))?\.safetensors")
 _LONGEST_NAME = 120  # characters; file systems allow 255 bytes, and a round's file needs less
 
 _logger = logging.getLogger("flwr")
@@ -51,8 +52,7 @@ class Durable:
         keep: int = 3,
         label: Callable[[Context], str] = default_label,
     ) -> None:
-        if keep < 1:
-            raise ValueError(f"keep is {keep}, should be at least 1")
+        require_count("keep", keep)
         self.directory = directory
         self.keep = keep
         self.label = label
@@ -71,16 +71,13 @@ class Durable:
         run = str(config.get(RUN, message.metadata.run_id))
         place = Path(root).expanduser() / _name(self.label(context)) / _name(run)
         try:
-            kept = _Kept(place, _integers(config.get(RESUMED)))
+            kept = _Kept(place, _lineage(config.get(RESUMED)))
             _restore(kept, context, run, server_round - 1 if is_train else server_round)
             if not is_train:
                 return call_next(message, context)
-            context.state.pop(_MARK, None)
-            reply = call_next(message, context)
-            if reply.has_error():
-                context.state.clear()  # half changed: the next message finds what is on disk
-                return reply
-            self._write(kept, context.state, run, server_round)
+            reply = _undoing_failures(message, context, call_next)
+            if not reply.has_error():
+                self._write(kept, context.state, run, server_round)
         except (StateFormatError, OSError) as error:
             return refusal(message, error)
         return reply
@@ -109,12 +106,11 @@ class _Kept(NamedTuple):
     """The files of one client and run."""
 
     place: Path
-    resumed_after: list[int]  # of each attempt but the first
+    lineage: list[tuple[int, str]]  # the rounds after which the run was resumed, and the attempts
 
     def path(self, server_round: int) -> Path:
         """Where this attempt keeps a round."""
-        attempt = len(self.resumed_after)
-        suffix = f"-{attempt}" if attempt else ""
+        suffix = f"-{self.lineage[-1][1]}" if self.lineage else ""
         return self.place / f"round-{server_round:06d}{suffix}.safetensors"
 
     def rounds(self) -> list[tuple[int, Path]]:
@@ -122,22 +118,26 @@ class _Kept(NamedTuple):
         newest: dict[int, tuple[int, Path]] = {}
         for at, attempt, path in self.all():
             if self._is_ours(at, attempt):
-                newest[at] = max(newest.get(at, (-1, path)), (attempt, path))
+                newest[at] = max(newest.get(at, (-1, path)), (self._number(attempt), path))
         return [(at, path) for at, (_, path) in sorted(newest.items())]
 
     def abandoned(self) -> list[Path]:
         """What cut-off attempts left of rounds that were gone back before."""
         return [path for at, attempt, path in self.all() if not self._is_ours(at, attempt)]
 
-    def _is_ours(self, at: int, attempt: int) -> bool:
-        return all(at <= after for after in self.resumed_after[attempt:])
+    def _number(self, attempt: str) -> int:
+        return ["", *(name for _, name in self.lineage)].index(attempt)
 
-    def all(self) -> list[tuple[int, int, Path]]:
+    def _is_ours(self, at: int, attempt: str) -> bool:
+        known = not attempt or any(attempt == name for _, name in self.lineage)
+        return known and all(at <= after for after, _ in self.lineage[self._number(attempt) :])
+
+    def all(self) -> list[tuple[int, str, Path]]:
         """Round, attempt and path of every file."""
         if not self.place.is_dir():
             return []
         matches = ((_NAME.fullmatch(path.name), path) for path in self.place.iterdir())
-        return [(int(match[1]), int(match[2] or 0), path) for match, path in matches if match]
+        return [(int(match[1]), match[2] or "", path) for match, path in matches if match]
 
 
 def _restore(kept: _Kept, context: Context, run: str, latest: int) -> None:
@@ -168,8 +168,22 @@ def _restore(kept: _Kept, context: Context, run: str, latest: int) -> None:
     context.state.update(state)
 
 
-def _integers(value: object) -> list[int]:
-    return [int(item) for item in value] if isinstance(value, list) else []
+def _undoing_failures(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """The reply; after a failure the context is empty, and the next message takes the disk's."""
+    context.state.pop(_MARK, None)
+    failed = True
+    try:
+        reply = call_next(message, context)
+        failed = reply.has_error()
+    finally:
+        if failed:
+            context.state.clear()
+    return reply
+
+
+def _lineage(value: object) -> list[tuple[int, str]]:
+    parts = [str(item).partition(":") for item in value] if isinstance(value, list) else []
+    return [(int(after), attempt) for after, _, attempt in parts]
 
 
 def _name(text: str) -> str:

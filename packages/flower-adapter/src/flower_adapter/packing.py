@@ -10,8 +10,8 @@ import base64
 import json
 import math
 import os
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,12 @@ from torch import Tensor
 from flower_adapter import npy
 from flower_adapter.arrays import WIDENED, WIRE_DTYPES, to_array
 
+_SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "Size": torch.Size,
+}
 _BITS = {1: torch.uint8, 2: torch.int16}
 _RECORDS = {
     "ArrayRecord": ArrayRecord,
@@ -44,8 +50,8 @@ _STRUCTURE, _FOREIGN = "structure", "foreign"
 def pack(value: Any, path: str) -> tuple[str, dict[str, Array]]:
     """`value` as JSON and the arrays that it names; `path` is what errors call it.
 
-    `value` nests dict (str or int keys), list, tuple, set, Tensor, numpy array or number,
-    int, float, bool, str, bytes, None and Flower's records.
+    `value` nests dict and Counter (str or int keys), list, tuple, set, deque, torch.Size, Tensor,
+    numpy array or number, int, float, complex, bool, str, bytes, None and Flower's records.
 
     Raises:
         TypeError: something else is in it; the message gives its path.
@@ -58,8 +64,8 @@ def pack(value: Any, path: str) -> tuple[str, dict[str, Array]]:
 def unpack(structure: str, arrays: Mapping[str, Array]) -> Any:
     """The value that `pack` was given. Tensors are new, on the CPU, of the dtype and bits they had.
 
-    A parameter comes back as a plain tensor and an OrderedDict as a dict; everything else has the
-    type it had.
+    A parameter comes back as a plain tensor, an OrderedDict or defaultdict as a dict; everything
+    else has the type it had.
 
     Raises:
         KeyError, TypeError, ValueError: `structure` and `arrays` are not what `pack` made.
@@ -71,6 +77,9 @@ def write_file(path: Path, structure: str, arrays: Mapping[str, Array]) -> None:
     """Write a safetensors file and have it on the disk before returning; not atomic by itself.
 
     Arrays of a dtype or serialization that safetensors lacks are in it as bytes.
+
+    Raises:
+        OSError: it cannot be written.
     """
     values: dict[str, NDArray[Any]] = {}
     foreign: dict[str, tuple[str, list[int], str]] = {}
@@ -80,7 +89,10 @@ def write_file(path: Path, structure: str, arrays: Mapping[str, Array]) -> None:
         else:
             values[name] = np.frombuffer(array.data, np.uint8)
             foreign[name] = (array.dtype, list(array.shape), array.stype)
-    save_file(values, path, {_STRUCTURE: structure, _FOREIGN: json.dumps(foreign)})
+    try:
+        save_file(values, path, {_STRUCTURE: structure, _FOREIGN: json.dumps(foreign)})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     sync(path)
 
 
@@ -128,11 +140,17 @@ def _encode(value: Any, path: str, arrays: dict[str, Array]) -> Any:
         return value if math.isfinite(value) else {"float": str(value)}
     if kind is bytes:
         return {"bytes": base64.b64encode(value).decode()}
-    if kind in (list, tuple, set):
+    if kind is complex:
+        return {"complex": [_encode(value.real, path, arrays), _encode(value.imag, path, arrays)]}
+    if kind is deque:
+        return {"deque": [_encode(list(value), path, arrays), value.maxlen]}
+    if kind in _SEQUENCES.values():
         items = [_encode(item, f"{path}[{i}]", arrays) for i, item in enumerate(value)]
         return {kind.__name__: items}
-    if kind in (dict, OrderedDict):
+    if kind in (dict, OrderedDict, defaultdict):
         return {"dict": _pairs(value, path, arrays)}
+    if kind is Counter:
+        return {"Counter": _pairs(value, path, arrays)}
     if kind in _RECORDS.values():
         return {kind.__name__: _pairs(value, path, arrays)}
     if kind is Array:
@@ -185,10 +203,15 @@ def _decode(node: Any, arrays: Mapping[str, Array]) -> Any:
         return float(content)
     if kind == "bytes":
         return base64.b64decode(content)
-    if kind == "list":
-        return [_decode(item, arrays) for item in content]
-    if kind in ("tuple", "set"):
-        return {"tuple": tuple, "set": set}[kind](_decode(item, arrays) for item in content)
+    if kind == "complex":
+        return complex(*(_decode(part, arrays) for part in content))
+    if kind == "deque":
+        items, maxlen = content
+        return deque(_decode(items, arrays), maxlen)
+    if kind in _SEQUENCES:
+        return _SEQUENCES[kind](_decode(item, arrays) for item in content)
+    if kind == "Counter":
+        return Counter({key: _decode(value, arrays) for key, value in content})
     if kind == "dict":
         return {key: _decode(value, arrays) for key, value in content}
     if kind in _RECORDS:

@@ -34,8 +34,11 @@ _NORMALIZATIONS = (
 def trainable(entry: Entry) -> bool:
     """Parameters that require a gradient: no buffers, nothing frozen.
 
-    A bare state dict holds tensors without a gradient, so nothing of it is trainable.
+    Raises:
+        TypeError: the entry is of a bare state dict, whose tensors never require one.
     """
+    if entry.owner is None:
+        raise TypeError(f"{entry.name} is of a state dict: what is trainable needs a module")
     return entry.tensor.requires_grad
 
 

@@ -61,13 +61,16 @@ def encode(
         delta = _wide(array) - _wide(before)
         if residual is not None and name in residual and residual[name].shape == delta.shape:
             delta += residual[name]
-        data = chosen.encode(delta.float())
-        received[name] = _moved(before, chosen.decode(data, array.shape))
+        used, data = chosen, chosen.encode(delta.float())
+        if len(data) > 4 * delta.numel():  # so few values that their scales outweigh them
+            used = codec("fp32")
+            data = used.encode(delta.float())
+        received[name] = _moved(before, used.decode(data, array.shape))
         # Not only what the codec loses, but what rounding to the array's own dtype does too.
         lost[name] = delta.sub_(_wide(received[name]) - _wide(before))
         if not torch.isfinite(lost[name].abs().amax()):
             raise CodecError(f"{name} has moved by NaN, Inf or values too large for {chosen.name}")
-        encoded[name] = Array(array.dtype, array.shape, stype_of(chosen.name), data)
+        encoded[name] = Array(array.dtype, array.shape, stype_of(used.name), data)
     return Encoded(encoded, received, lost)
 
 
@@ -108,7 +111,10 @@ def is_encoded(array: Array) -> bool:
 
 
 def wire_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """The client's end, a Flower mod: `ClientApp(mods=[wire_mod])`; put it first.
+    """The client's end, a Flower mod: `ClientApp(mods=[wire_mod])`.
+
+    Mods that read arrays, such as Flower's for clipping and local privacy, come after it; `Durable`
+    comes before.
 
     It does what the server's message says, and nothing with one of a server without `Wired`. The
     model held and the error feedback are kept in the context, next to whatever else is there. A

@@ -1,5 +1,6 @@
 """FedAvg that keeps no replies, and the outer optimizer of DiLoCo."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -79,8 +80,8 @@ class OuterOptimizer(Wrapper):
     def __init__(
         self, strategy: Strategy, *, learning_rate: float = 0.7, momentum: float = 0.9
     ) -> None:
-        if not learning_rate > 0:
-            raise ValueError(f"learning_rate is {learning_rate}, should be above 0")
+        if not 0 < learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {learning_rate}, should be a number above 0")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}, should be at least 0 and below 1")
         super().__init__(strategy)
@@ -125,9 +126,10 @@ class OuterOptimizer(Wrapper):
         aggregated = npy.tensor_view(values)
         update = aggregated - npy.tensor_view(npy.from_array(self._sent[name]))
         change = (self.learning_rate - 1) * update
-        velocity = self._velocity.get(name)
-        velocity = update if velocity is None else velocity.mul_(self.momentum).add_(update)
-        self._velocity[name] = velocity
+        # Not in place: `Guarded` takes a failed round back.
+        before = self._velocity.get(name)
+        velocity = update if before is None else update + self.momentum * before
+        self._velocity = {**self._velocity, name: velocity}
         change += self.learning_rate * self.momentum * velocity
         moved, target = npy.allocate(np.dtype(array.dtype), tuple(array.shape))
         torch.add(aggregated, change, out=target)

@@ -4,13 +4,17 @@ import inspect
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -28,8 +32,10 @@ from flower_adapter.checkpoint import (
     round_of,
     write_checkpoint,
 )
+from flower_adapter.checks import require_count
 from flower_adapter.durable import RESUMED, RUN
 from flower_adapter.packing import pack, unpack
+from flower_adapter.state import GENERATORS, load_state, state_of
 from flower_adapter.strategies.grid import StreamingGrid
 from flower_adapter.strategies.wrapper import Wrapper, chain, logger
 
@@ -37,10 +43,10 @@ EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 _DATA = (bool, int, float, str, bytes, type(None), np.generic, Enum, PurePath)
 # What can change in place, so that identity does not show whether it has.
-_CONTAINERS = (list, dict, tuple, set)
+_CONTAINERS = (list, dict, tuple, set, deque)
 _ARRAYS = (np.ndarray, torch.Tensor, Array)
 _RECORDS = (RecordDict, ArrayRecord, ConfigRecord, MetricRecord)
-_MUTABLE = (*_CONTAINERS, *_ARRAYS, *_RECORDS)
+_MUTABLE = (*_ARRAYS, *_RECORDS)
 # Of Flower's privacy wrappers: filled and emptied within one round.
 _TRANSIENT = frozenset({"strategy", "_pending_events"})
 
@@ -63,15 +69,20 @@ class Checkpointed(Wrapper):
     `on_round` is called with each checkpoint once it is written, that of the initial arrays
     (round 0) and that which is resumed included.
 
-    A strategy's state is found by what changes in its attributes. Objects among them need
-    `state_dict` and `load_state_dict`, or to be random generators.
+    A strategy's state is what its `state_dict` gives, if it has one and `load_state_dict`; else it
+    is found by what changes in its attributes, and objects among them need these two, or to be
+    random generators. Settings that have not changed since the start are taken from the strategy
+    that is resumed with.
 
     Raises:
-        CheckpointError: from `start`, `directory` holds checkpoints and `resume_from` does not name
-            the newest of them, or what is resumed is damaged or of another model or strategy.
+        CheckpointError: from `start`, `directory` is in use, or holds checkpoints and `resume_from`
+            does not name the newest of them, or what is resumed is damaged or of another model or
+            strategy.
         FileNotFoundError: from `start`, there is no `resume_from`.
         TypeError: from `start`, the strategy holds an object that cannot be saved; it is named.
     """
+
+    outermost = True
 
     def __init__(
         self,
@@ -84,17 +95,16 @@ class Checkpointed(Wrapper):
         resume_from: str | Path | None = None,
         on_round: Callable[[Checkpoint], None] | None = None,
     ) -> None:
-        if keep < 1:
-            raise ValueError(f"keep is {keep}, should be at least 1")
+        require_count("keep", keep)
         super().__init__(strategy)
         self.directory = Path(directory).expanduser().absolute()
         self.keep = keep
         self.best = best
         self.highest_is_best = highest_is_best
-        self.resume_from = None if resume_from is None else Path(resume_from).expanduser()
+        self.resume_from = resume_from and Path(resume_from).expanduser().absolute()
         self.on_round = on_round
         self._run = ""
-        self._resumed_after: list[int] = []
+        self._resumes: list[str] = []
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -111,8 +121,8 @@ class Checkpointed(Wrapper):
     def _name_run(self, config: ConfigRecord) -> None:
         """Say which run this is, and which attempt, for the clients' `Durable`."""
         config[RUN] = self._run
-        if self._resumed_after:
-            config[RESUMED] = list(self._resumed_after)
+        if self._resumes:
+            config[RESUMED] = list(self._resumes)
 
     def start(
         self,
@@ -128,15 +138,34 @@ class Checkpointed(Wrapper):
 
         A resumed run does not evaluate the initial arrays again.
         """
-        train_config = ConfigRecord() if train_config is None else train_config
-        evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
-        grid = StreamingGrid(grid)
-        configured = [dict(vars(part)) for part in chain(self.strategy)]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with _only_one(self.directory):
+            return self._start(
+                StreamingGrid(grid),
+                initial_arrays,
+                num_rounds,
+                timeout,
+                ConfigRecord() if train_config is None else train_config,
+                ConfigRecord() if evaluate_config is None else evaluate_config,
+                evaluate_fn,
+            )
+
+    def _start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int,
+        timeout: float,
+        train_config: ConfigRecord,
+        evaluate_config: ConfigRecord,
+        evaluate_fn: EvaluateFn | None,
+    ) -> Result:
+        configured = [_configuration(part) for part in chain(self.strategy)]
         now = self._resumed(initial_arrays) or self._begun(grid, initial_arrays)
         logger.info("Starting %s strategy:", type(self).__name__)
         log_strategy_start_info(num_rounds, now.arrays, train_config, evaluate_config)
         self.summary()
-        self._run, self._resumed_after = now.run, now.resumed_after
+        self._run, self._resumes = now.run, now.resumed
         self.begin(num_rounds)
         began = time.monotonic()
         if now.strategy:
@@ -179,7 +208,7 @@ class Checkpointed(Wrapper):
     def _begun(self, grid: Grid, initial_arrays: ArrayRecord) -> Checkpoint:
         return Checkpoint(
             run=str(grid.run.run_id),
-            resumed_after=[],
+            resumed=[],
             server_round=0,
             arrays=initial_arrays,
             model=_described(initial_arrays),
@@ -192,10 +221,9 @@ class Checkpointed(Wrapper):
 
     def _resumed(self, initial_arrays: ArrayRecord) -> Checkpoint | None:
         """The checkpoint to go on from, if there is one, and if that is what is asked for."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.directory)
         here = checkpoints(self.directory)
-        if self.resume_from is None:
+        if not self.resume_from:
             if here:
                 raise CheckpointError(
                     f"{self.directory} holds checkpoints up to round {round_of(here[-1])}; give "
@@ -213,7 +241,8 @@ class Checkpointed(Wrapper):
             )
         checkpoint = read_checkpoint(path)
         _require_alike(checkpoint, initial_arrays)
-        checkpoint.resumed_after.append(checkpoint.server_round)
+        # A name of its own, since an attempt that is cut off early leaves no checkpoint.
+        checkpoint.resumed.append(f"{checkpoint.server_round}:{uuid4().hex}")
         logger.info("resuming run %s after round %d", checkpoint.run, checkpoint.server_round)
         return checkpoint
 
@@ -256,6 +285,21 @@ class Checkpointed(Wrapper):
         _set_random_states(checkpoint.random_states)
 
 
+@contextmanager
+def _only_one(directory: Path) -> Iterator[None]:
+    """Refuse a second run in the directory; the lock of a killed process is gone with it."""
+    # Beside the directory, which holds checkpoints and nothing else.
+    lock = FileLock(directory.with_name(f".{directory.name}.lock"), blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise CheckpointError(f"{directory} is in use by another run") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _evaluate(server_round: int, now: Checkpoint, evaluate_fn: EvaluateFn | None) -> None:
     if evaluate_fn is not None:
         _note(evaluate_fn(server_round, now.arrays), now.server_metrics, server_round)
@@ -286,15 +330,41 @@ def _require_alike(checkpoint: Checkpoint, initial_arrays: ArrayRecord) -> None:
         raise CheckpointError(f"the run was of another model: {'; '.join(wrong)}")
 
 
-def _state_of(part: object, before: dict[str, Any]) -> Any:
+def _keeps_own_state(part: object) -> bool:
+    return all(callable(getattr(part, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def _configuration(part: object) -> dict[str, Any]:
+    """The attributes of a strategy before the first round; containers as they are then."""
+    if _keeps_own_state(part):
+        return {}
+    return {
+        name: pack(value, name) if isinstance(value, _CONTAINERS) and _is_data(value) else value
+        for name, value in vars(part).items()
+        if name not in _TRANSIENT
+    }
+
+
+def _is_data(value: Any) -> bool:
+    try:
+        pack(value, "")
+    except TypeError:
+        return False
+    return True
+
+
+def _state_of(part: Any, before: dict[str, Any]) -> Any:
     """What `part` keeps from round to round; `before` are its attributes before the first."""
-    if isinstance(part, Wrapper):
+    if _keeps_own_state(part):
         return part.state_dict()
     state: dict[str, Any] = {}
     for name, value in vars(part).items():
         if name in _TRANSIENT or _is_configuration(value):
             continue
-        if isinstance(value, _DATA):
+        if isinstance(value, _CONTAINERS):
+            if pack(value, f"{type(part).__name__}.{name}") != before.get(name):
+                state[name] = value
+        elif isinstance(value, _DATA):
             if value is not before.get(name, _TRANSIENT):
                 state[name] = value
         elif isinstance(value, _MUTABLE):
@@ -304,20 +374,14 @@ def _state_of(part: object, before: dict[str, Any]) -> Any:
     return state
 
 
-def _load(part: object, state: Any) -> None:
-    if isinstance(part, Wrapper):
+def _load(part: Any, state: Any) -> None:
+    if _keeps_own_state(part):
         part.load_state_dict(state)
         return
     for name, value in state.items():
         held: Any = vars(part).get(name)
-        if isinstance(held, random.Random):
-            held.setstate(value)
-        elif isinstance(held, np.random.Generator):
-            held.bit_generator.state = value
-        elif isinstance(held, torch.Generator):
-            held.set_state(value)
-        elif callable(getattr(held, "load_state_dict", None)):
-            held.load_state_dict(value)
+        if isinstance(held, GENERATORS) or callable(getattr(held, "load_state_dict", None)):
+            load_state(held, value)
         else:
             setattr(part, name, value)
 
@@ -325,18 +389,13 @@ def _load(part: object, state: Any) -> None:
 def _is_configuration(value: Any) -> bool:
     if isinstance(value, type | logging.Logger) or inspect.isroutine(value):
         return True
-    return callable(value) and not hasattr(value, "state_dict")
+    # Of other callables only those that cannot have changed; partial functions are such.
+    return callable(value) and not getattr(value, "__dict__", None)
 
 
 def _object_state(path: str, value: Any) -> Any:
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, np.random.Generator):
-        return value.bit_generator.state
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if callable(getattr(value, "state_dict", None)):
-        return value.state_dict()
+    if isinstance(value, GENERATORS) or callable(getattr(value, "state_dict", None)):
+        return state_of(value)
     raise TypeError(
         f"{path} is a {type(value).__name__}, whose state cannot be saved: it should have "
         "state_dict and load_state_dict"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from statistics import median_low
+from statistics import median_high
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +14,18 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from flower_adapter import npy
-from flower_adapter.strategies.wrapper import Wrapper, empty, logger, weight_key
+from flower_adapter.checks import require_count
+from flower_adapter.strategies.wrapper import (
+    Wrapper,
+    chain,
+    empty,
+    logger,
+    weight_key,
+)
 
 NO_REPLY = "no reply in time"
-ENOUGH_TO_COMPARE = 3  # replies that wait for each other until their norms are judged
+ENOUGH_TO_COMPARE = 5  # replies that wait for each other until their norms are judged
+FEWEST_OTHERS = 2  # norms that one is compared with
 
 
 class RoundFailed(RuntimeError):
@@ -61,17 +69,18 @@ class Guarded(Wrapper):
     ones of the round or with NaN or Inf in them, or if its weight (the strategy's
     `weighted_by_key`, else "num-examples") is missing, zero or negative, or a metric is not finite.
     It is dropped too if its update has more than `max_norm_ratio` times the (L2) norm that is the
-    median of the others'; None lets every norm pass. The first three replies wait for each other so
-    that each has others, and those of a round with fewer are compared with the last round's too. An
-    evaluate reply is dropped for its error, its metrics or its weight.
+    median of the others'; None lets every norm pass. The first five replies wait for each other so
+    that each has others. Updates of norm 0 are no measure, and with fewer than two others there is
+    no telling which is wrong, so all stay. An evaluate reply is dropped for its error, its metrics
+    or its weight.
 
     Each dropped reply is logged as a warning with its node and the reason, and kept in `dropped`,
     as is a node that did not answer. The metrics of a train round get "num-replies", the number of
     good ones, and "num-dropped", that of dropped ones.
 
     A round with fewer than `min_replies` good replies, or whose aggregated arrays hold NaN or Inf,
-    has failed: the global arrays stay as they were, and a warning says why. Training and evaluation
-    are counted apart.
+    has failed: the global arrays and the strategy's attributes stay as they were, and a warning
+    says why. Training and evaluation are counted apart.
 
     The strategy gets integer and bool arrays as float64, since some of Flower's cannot take them,
     and the aggregated arrays come back in the dtypes that were sent: integers are rounded, and a
@@ -93,9 +102,8 @@ class Guarded(Wrapper):
         max_norm_ratio: float | None = 100.0,
         like_sent: bool = True,
     ) -> None:
-        for name, value in (("min_replies", min_replies), ("max_failed_rounds", max_failed_rounds)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, should be at least 1")
+        require_count("min_replies", min_replies)
+        require_count("max_failed_rounds", max_failed_rounds)
         if max_norm_ratio is not None and not max_norm_ratio > 1:
             raise ValueError(f"max_norm_ratio is {max_norm_ratio}, should be above 1, or None")
         super().__init__(strategy)
@@ -105,7 +113,6 @@ class Guarded(Wrapper):
         self.like_sent = like_sent
         self.dropped: list[Dropped] = []
         self._failed = {"train": 0, "evaluate": 0}  # rounds in a row
-        self._norms: list[float] = []  # of the updates of the last round
         self._sent_arrays = ArrayRecord()
         self._sent_to: list[int] = []
         self._num_replies = 0
@@ -127,6 +134,7 @@ class Guarded(Wrapper):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         before = len(self.dropped)
+        attributes = [(part, dict(vars(part))) for part in chain(self.strategy)]
         try:
             good = self._good_replies("train", server_round, replies)
             arrays, metrics = super().aggregate_train(server_round, good)
@@ -134,6 +142,8 @@ class Guarded(Wrapper):
                 arrays = _in_dtypes_of(self._sent_arrays, arrays)
             self._require_finite(server_round, arrays)
         except RoundFailed as failure:
+            for part, unchanged in attributes:
+                vars(part).update(unchanged)
             self._count_failure(failure)
             counts: dict[str, MetricRecordValues]
             counts = {"num-replies": self._num_replies, "num-dropped": self._num_dropped(before)}
@@ -166,12 +176,11 @@ class Guarded(Wrapper):
     def state_dict(self) -> dict[str, Any]:
         return {
             "failed": dict(self._failed),
-            "norms": list(self._norms),
             "dropped": [tuple(dropped) for dropped in self.dropped],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._failed, self._norms = state["failed"], state["norms"]
+        self._failed = state["failed"]
         self.dropped = [Dropped(*dropped) for dropped in state["dropped"]]
 
     def _good_replies(
@@ -236,12 +245,12 @@ class Guarded(Wrapper):
         waiting: list[tuple[Message, float]] = []
 
         def judge() -> Iterator[Message]:
-            verdicts = [self._usual_norm(i, waiting, norms) for i in range(len(waiting))]
-            judged = list(zip(waiting, verdicts, strict=True))
+            medians = [_usual_norm(i, [n for _, n in waiting], norms) for i in range(len(waiting))]
+            judged = list(zip(waiting, medians, strict=True))
             waiting.clear()
             while judged:
                 (reply, norm), usual = judged.pop(0)
-                if self.max_norm_ratio is not None and norm > self.max_norm_ratio * usual > 0:
+                if norm > usual * (self.max_norm_ratio or math.inf):
                     reason = (
                         f"its update has norm {norm:.4g}, the others' median is {usual:.4g}, "
                         f"should be at most {self.max_norm_ratio:g} times that"
@@ -265,7 +274,6 @@ class Guarded(Wrapper):
             if len(norms) + len(waiting) >= ENOUGH_TO_COMPARE:
                 yield from judge()
         yield from judge()
-        self._norms = norms or self._norms
 
     def _norm(self, reply: Message) -> float:
         """Of the update; 0 for arrays that are not like those sent."""
@@ -275,14 +283,6 @@ class Guarded(Wrapper):
         norm = _update_norm(arrays, self._sent_arrays)
         _widen_integers(arrays)
         return norm
-
-    def _usual_norm(
-        self, index: int, waiting: list[tuple[Message, float]], norms: list[float]
-    ) -> float:
-        others = norms + [norm for i, (_, norm) in enumerate(waiting) if i != index]
-        if len(others) < ENOUGH_TO_COMPARE - 1:
-            others += self._norms
-        return median_low(others) if others else 0.0
 
     def _require_finite(self, server_round: int, arrays: ArrayRecord | None) -> None:
         faults = [] if arrays is None else _not_finite(arrays)
@@ -304,6 +304,13 @@ class Guarded(Wrapper):
     def _num_dropped(self, before: int) -> int:
         """Replies dropped since there were `before`; nodes without a reply are none."""
         return sum(dropped.reason != NO_REPLY for dropped in self.dropped[before:])
+
+
+def _usual_norm(index: int, waiting: list[float], norms: list[float]) -> float:
+    """The median of the norms beside one that waits; Inf if there are too few to tell."""
+    beside = [*norms, *waiting[:index], *waiting[index + 1 :]]
+    others = [norm for norm in beside if norm > 0]
+    return median_high(others) if len(others) >= FEWEST_OTHERS else math.inf
 
 
 def _metrics_fault(metrics: MetricRecord, key: str) -> str | None:

@@ -108,14 +108,17 @@ class Seeded(Wrapper):
         """Replies by label; where all labels are known, each as soon as its turn comes."""
         known = all(self._labels.get(node) is not None for node in self._sent_to)
         order = sorted(self._sent_to, key=self._order) if known else []
-        waiting: dict[int, Message] = {}
+        waiting: dict[int, list[Message]] = {}
         for reply in replies:
-            waiting[reply.metadata.src_node_id] = reply
-            while order and order[0] in waiting:
-                yield waiting.pop(order.pop(0))
-        self._learn(reply for reply in waiting.values() if not reply.has_error())
-        for node in sorted(waiting, key=self._order):
-            yield waiting.pop(node)
+            waiting.setdefault(reply.metadata.src_node_id, []).append(reply)
+            while order and waiting.get(order[0]):
+                yield waiting[order.pop(0)].pop(0)
+        rest = [reply for replies in waiting.values() for reply in replies]
+        waiting.clear()
+        self._learn(reply for reply in rest if not reply.has_error())
+        rest.sort(key=lambda reply: self._order(reply.metadata.src_node_id), reverse=True)
+        while rest:
+            yield rest.pop()
 
     def _learn(self, replies: Iterable[Message]) -> None:
         labels = {reply.metadata.src_node_id: label_of(reply) for reply in replies}

@@ -24,7 +24,14 @@ class Wrapper(Strategy):
 
     streams = True  # takes replies from an iterator
 
+    outermost = False  # must not be wrapped
+
     def __init__(self, strategy: Strategy) -> None:
+        if not isinstance(strategy, Strategy):
+            raise TypeError(f"strategy is {strategy!r}, should be one of Flower's or a wrapper")
+        if getattr(strategy, "outermost", False):
+            name = type(strategy).__name__
+            raise ValueError(f"{name} must be the outermost wrapper: its start makes the rounds")
         self.strategy = strategy
 
     def configure_train(
