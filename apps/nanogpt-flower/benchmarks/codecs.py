@@ -2,8 +2,9 @@
 
     python benchmarks/codecs.py [key=value ...] [--codecs fp32,bf16,int8,int4,2-bit]
 
-Each codec is used both ways, for a whole federation of two clients at the app's default settings
-but for those given. Messages are counted as they leave either side.
+Each codec is used both ways ("2-bit/int8": up in 2 bits, down in 8), for a whole federation of two
+clients at the app's default settings but for those given. Messages are counted as they leave either
+side.
 """
 
 import argparse
@@ -143,7 +144,7 @@ def federation(settings: Settings) -> None:
             evaluate_fn=evaluate_fn,
         )
     figures = {
-        "codec": settings.uplink,
+        "codecs": f"{settings.uplink} up, {settings.downlink} down",
         "losses": [round(loss, 4) for loss in losses],
         "first message MB": grid.bytes["train down"][0] / 1e6,
         **{f"{kind} MB": statistics.median(sent) / 1e6 for kind, sent in grid.bytes.items()},
@@ -161,8 +162,10 @@ def main() -> None:
     for name in ("_run_id", "_node_id", "_task_id"):
         setattr(TaskIdentity, name, 1)  # as in a ServerApp: else no message can be made
     for codec in options.codecs.split(","):
+        uplink, _, downlink = codec.partition("/")
         random.seed(0)
-        federation(Settings.from_run_config({**given, "uplink": codec, "downlink": codec}))
+        codecs = {"uplink": uplink, "downlink": downlink or uplink}
+        federation(Settings.from_run_config({**given, **codecs}))
 
 
 if __name__ == "__main__":

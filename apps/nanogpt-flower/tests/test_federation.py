@@ -85,7 +85,7 @@ def test_two_simulated_runs_of_one_seed_have_equal_metrics(
         for at in range(3)
         for name in ("arrays.safetensors", "round.json", "state.safetensors")
     }
-    figures = {"config.json", "metrics.jsonl", "sample.txt", "curve.png"}
+    figures = {"config.json", "metrics.jsonl", "sample.txt", "curve.png", ".checkpoints.lock"}
     assert files == figures | model | checkpoints
     assert f"output: {directory}" in printed
     assert "tokens/s" in printed
