@@ -144,7 +144,7 @@ def federation(settings: Settings) -> None:
             evaluate_fn=evaluate_fn,
         )
     figures = {
-        "codecs": f"{settings.uplink} up, {settings.downlink} down",
+        "codec": f"{settings.uplink} up, {settings.downlink} down",
         "losses": [round(loss, 4) for loss in losses],
         "first message MB": grid.bytes["train down"][0] / 1e6,
         **{f"{kind} MB": statistics.median(sent) / 1e6 for kind, sent in grid.bytes.items()},
