@@ -555,3 +555,11 @@ def test_a_fresh_state_can_be_taken_over_too() -> None:
         result = run(strategy, grid, 3)
         assert not grid.errors
         assert loss_of(result.arrays) < loss_of(to_arrays(linear()))
+
+
+def test_clients_of_an_exact_downlink_keep_no_copy_after_a_resume_either() -> None:
+    strategy, grid = Wired(FedAvg(), uplink="int8", downlink="fp32"), Metered()
+    strategy.load_state_dict({"exact": to_arrays(linear()), "held": to_arrays(linear())})
+    run(strategy, grid, 2)
+    for context in grid.contexts.values():
+        assert not any("held" in name for name in context.state)

@@ -94,8 +94,9 @@ class Wired(Wrapper):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._exact, self._held = state["exact"], state["held"]
-        self._version, self._holders = uuid4().hex, {}  # nobody is known to hold it
-        self._delta = ("", ArrayRecord())
+        # Nobody is known to hold it; of an exact downlink there is nothing to hold.
+        self._version = "" if self.downlink == EXACT else uuid4().hex
+        self._holders, self._delta = {}, ("", ArrayRecord())
 
     def summary(self) -> None:
         logger.info("\t├──> Wired: uplink %s, downlink %s", self.uplink, self.downlink)
