@@ -70,15 +70,19 @@ class Durable:
         is_train = kind == MessageType.TRAIN
         run = str(config.get(RUN, message.metadata.run_id))
         place = Path(root).expanduser() / _name(self.label(context)) / _name(run)
+        kept = _Kept(place, _lineage(config.get(RESUMED)))
         try:
-            kept = _Kept(place, _lineage(config.get(RESUMED)))
             _restore(kept, context, run, server_round - 1 if is_train else server_round)
-            if not is_train:
-                return call_next(message, context)
-            reply = _undoing_failures(message, context, call_next)
-            if not reply.has_error():
-                self._write(kept, context.state, run, server_round)
         except (StateFormatError, OSError) as error:
+            return refusal(message, error)
+        if not is_train:
+            return call_next(message, context)
+        reply = _undoing_failures(message, context, call_next)
+        if reply.has_error():
+            return reply
+        try:
+            self._write(kept, context.state, run, server_round)
+        except OSError as error:
             return refusal(message, error)
         return reply
 
@@ -87,11 +91,8 @@ class Durable:
         state[_MARK] = ConfigRecord({"run": run, "file": path.name})
         structure, arrays = pack(state, "context.state")
         kept.place.mkdir(parents=True, exist_ok=True)
-        rounds = kept.rounds()
-        for at, old in rounds:
-            if at > server_round:
-                old.unlink()
-        for old in kept.abandoned():
+        later = [old for at, old in kept.rounds() if at > server_round]
+        for old in (*later, *kept.abandoned(), *kept.place.glob(".round-*")):
             old.unlink()
         beside = path.with_name(f".{path.name}")
         write_file(beside, structure, arrays)
