@@ -122,7 +122,7 @@ def load_arrays(module: nn.Module, record: ArrayRecord, *, select: Selection | N
         target = tensors[names[0]]
         sent = [name for name in names if name in arrays]
         if not sent:
-            mismatches[names[0]] = f"is missing, should be {_describe(target)}"
+            mismatches[names[0]] = f"is missing, should be {describe(target)}"
         for name in sent:
             try:
                 values = _fit(arrays[name], target)
@@ -137,7 +137,7 @@ def load_arrays(module: nn.Module, record: ArrayRecord, *, select: Selection | N
     for name, array in arrays.items():
         if name not in allowed:
             where = "is not selected" if name in tensors else "should not be there"
-            mismatches[name] = f"is {_describe(array)}, {where}"
+            mismatches[name] = f"is {describe(array)}, {where}"
     if mismatches:
         raise ArrayMismatch(type(module).__name__, mismatches)
     with torch.no_grad():
@@ -147,9 +147,7 @@ def load_arrays(module: nn.Module, record: ArrayRecord, *, select: Selection | N
 
 def signature(module_or_state_dict: nn.Module | Mapping[str, Tensor]) -> dict[str, str]:
     """Dtype and shape of each parameter and persistent buffer: "float32 (3, 4)"."""
-    return {
-        name: _describe(tensor) for name, tensor in _named_tensors(module_or_state_dict).items()
-    }
+    return {name: describe(tensor) for name, tensor in _named_tensors(module_or_state_dict).items()}
 
 
 def subtract(arrays: ArrayRecord, base: ArrayRecord) -> ArrayRecord:
@@ -220,11 +218,11 @@ def _require_alike(arrays: ArrayRecord, base: ArrayRecord, *, dtypes: bool = Tru
     mismatches = {name: "is missing" for name in base if name not in arrays}
     for name, array in arrays.items():
         if np.dtype(array.dtype).kind not in "biufc":
-            mismatches[name] = f"is {_describe(array)}, which has no difference"
+            mismatches[name] = f"is {describe(array)}, which has no difference"
         elif name not in base:
-            mismatches[name] = f"is {_describe(array)}, should not be there"
+            mismatches[name] = f"is {describe(array)}, should not be there"
         elif array.shape != base[name].shape or (dtypes and array.dtype != base[name].dtype):
-            mismatches[name] = f"is {_describe(array)}, should be {_describe(base[name])}"
+            mismatches[name] = f"is {describe(array)}, should be {describe(base[name])}"
     if mismatches:
         raise ArrayMismatch("the base", mismatches)
 
@@ -316,7 +314,7 @@ def _checked(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
         if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in WIRE_DTYPES:
             allowed = ", ".join(_dtype_name(dtype) for dtype in WIRE_DTYPES)
             raise TypeError(
-                f"{name} is {_describe(tensor)}, layout {tensor.layout}, on {tensor.device}; "
+                f"{name} is {describe(tensor)}, layout {tensor.layout}, on {tensor.device}; "
                 f"should be a dense tensor with data, of {allowed}"
             )
         if tensor.numel() and any(
@@ -362,7 +360,7 @@ def _fit(array: Array, target: Tensor) -> NDArray[Any] | Tensor:
     """The values of `array` in the dtype of `target`, or a ValueError saying what is wrong."""
     values = npy.from_array(array)
     if values.shape != tuple(target.shape):
-        raise ValueError(f"is {_describe(values)}, should be {_describe(target)}")
+        raise ValueError(f"is {describe(values)}, should be {describe(target)}")
     wire = np.dtype(WIRE_DTYPES[target.dtype])
     if values.dtype != wire:
         values = _cast(values, wire)
@@ -377,7 +375,7 @@ def _fit(array: Array, target: Tensor) -> NDArray[Any] | Tensor:
 def _cast(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     allowed = {"b": "biuf", "i": "biuf", "u": "biuf", "f": "biuf", "c": "biufc"}[dtype.kind]
     if values.dtype.kind not in allowed:
-        raise ValueError(f"is {_describe(values)}, which cannot be cast to {dtype}")
+        raise ValueError(f"is {describe(values)}, which cannot be cast to {dtype}")
     if dtype.kind in "biu":
         return _round(values, dtype)
     with np.errstate(over="ignore"):
@@ -410,7 +408,8 @@ def _write(target: Tensor, values: NDArray[Any] | Tensor) -> None:
         target.copy_(torch.from_numpy(np.array(values)))
 
 
-def _describe(values: Tensor | Array | NDArray[Any]) -> str:
+def describe(values: Tensor | Array | NDArray[Any]) -> str:
+    """Dtype and shape: "float32 (3, 4)"."""
     dtype = _dtype_name(values.dtype) if isinstance(values, Tensor) else str(values.dtype)
     return f"{dtype} {tuple(values.shape)}"
 

@@ -28,8 +28,8 @@ class Average:
     single, in blocks of 128 records and then over the blocks, so that the rounding error of ten
     thousand records is that of some hundred (a cascade sum: Higham, "The accuracy of floating point
     summation", 1993; the running mean: Welford, 1962); the difference of two records must be within
-    the range of their dtype. Integers and bools are averaged in double
-    precision and rounded to the nearest, ties to even.
+    the range of their dtype. Integers and bools are averaged in double precision and rounded to the
+    nearest, ties to even.
     """
 
     def __init__(self) -> None:

@@ -10,7 +10,6 @@ Files are written beside their place, synced and moved into it with one rename. 
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,14 +158,9 @@ def remove_checkpoint(path: Path) -> None:
 
 def remove_leftovers(directory: Path) -> None:
     """Remove what writing or removing checkpoints left when the process was killed."""
-    for path in _leftovers(directory):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _leftovers(directory: Path) -> Iterator[Path]:
     for path in directory.glob(".round-*"):
         if path.suffix in (".partial", ".removed"):
-            yield path
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _about(checkpoint: Checkpoint) -> dict[str, Any]:

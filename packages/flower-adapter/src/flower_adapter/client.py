@@ -16,7 +16,6 @@ from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Context,
-    Error,
     Message,
     MetricRecord,
     RecordDict,
@@ -28,6 +27,7 @@ from torch import nn
 
 from flower_adapter.arrays import entries, load_arrays, to_arrays
 from flower_adapter.label import CLIENT, LABEL_ACTION, default_label, label_record
+from flower_adapter.messages import config_of, error_for
 from flower_adapter.selection import Selection
 from flower_adapter.state import restore_state, save_state
 
@@ -84,7 +84,7 @@ def torch_client_app(
 
     def run(work: Work[Model], message: Message, context: Context) -> tuple[str, Model, RecordDict]:
         key, arrays = _single_arrays(message)
-        config = next(iter(message.content.config_records.values()), ConfigRecord())
+        config = config_of(message)
         model = build_model(config, context)
         if select is not None:
             _load_personal(model, context, select)
@@ -131,8 +131,7 @@ def _refusing(handler: Handler) -> Handler:
             return handler(message, context)
         except REFUSED as err:
             _logger.error("%s refused", message.metadata.message_type, exc_info=err)
-            reason = f"{type(err).__name__}: {err}"
-            error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
+            error = error_for(err, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
             return Message(error, reply_to=message)
 
     return handle

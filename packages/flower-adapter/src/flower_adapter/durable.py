@@ -13,9 +13,9 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from flower_adapter.checks import require_count
 from flower_adapter.label import default_label
+from flower_adapter.messages import config_of, refusal
 from flower_adapter.packing import pack, read_file, sync, unpack, write_file
 from flower_adapter.state import StateFormatError
-from flower_adapter.wire import refusal
 
 RUN = "flower-adapter.run"  # in the server's config: the run that a resumed one goes on with
 RESUMED = "flower-adapter.resumed"  # "4:1f0c…", round and attempt, for each time it was resumed
@@ -59,7 +59,7 @@ class Durable:
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         kind = message.metadata.message_type.partition(".")[0]
-        config = next(iter(message.content.config_records.values()), ConfigRecord())
+        config = config_of(message)
         server_round = config.get("server-round")
         worked_on = kind in (MessageType.TRAIN, MessageType.EVALUATE)
         if not worked_on or not isinstance(server_round, int):

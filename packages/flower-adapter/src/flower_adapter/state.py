@@ -149,8 +149,8 @@ def _load_all(states: Mapping[str, Any], targets: Mapping[str, Any]) -> list[str
         try:
             load_state(target, states[key])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            for other in list(targets)[: list(targets).index(key) + 1]:
-                load_state(targets[other], before[other])
+            for other, unchanged in before.items():
+                load_state(targets[other], unchanged)
             return [f"{key} refuses what was saved: {error}"]
     return []
 

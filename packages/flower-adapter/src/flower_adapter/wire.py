@@ -9,27 +9,24 @@ Compressed are float arrays of two or more dimensions. Biases, normalization wei
 statistics and integers travel as they are: they are few, and a variance must not become negative.
 """
 
-import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
-from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from flower_adapter import npy
 from flower_adapter.compress import VERSION, Codec, CodecError, codec
+from flower_adapter.messages import refusal
 from flower_adapter.state import drop_state, restore_state, save_state
 
 WIRE = "flower-adapter.wire"  # the ConfigRecord, and the state in the client's context
 _STYPE = "flower-adapter/{codec}/{version}"
 
 Deltas = Mapping[str, Tensor]  # float32 or float64, by the name of the array
-
-_logger = logging.getLogger("flwr")
 
 
 class Encoded(NamedTuple):
@@ -171,13 +168,6 @@ class Header(NamedTuple):
         # Flower's count_bytes, and with it message_size_mod, refuses empty strings.
         given = {name: value for name, value in self._asdict().items() if value}
         return ConfigRecord({"format": VERSION, **given})
-
-
-def refusal(message: Message, error: Exception) -> Message:
-    """An error reply with the class and the text of `error`, which is logged too."""
-    reason = f"{type(error).__name__}: {error}"
-    _logger.error("%s refused: %s", message.metadata.message_type, reason)
-    return Message(Error(code=ErrorCode.MOD_FAILED_PRECONDITION, reason=reason), reply_to=message)
 
 
 def _receive(

@@ -21,9 +21,8 @@ class StreamingFedAvg(FedAvg):
     """Flower's `FedAvg`, which folds each reply into the average as it comes.
 
     In memory are the average and one reply, however many clients there are. Arguments are those of
-    `FedAvg`. Replies are emptied of their arrays, so the functions that aggregate metrics get
-    none. Integer and bool
-    arrays are rounded instead of becoming floats.
+    `FedAvg`. Replies are emptied of their arrays, so the functions that aggregate metrics get none.
+    Integer and bool arrays are rounded instead of becoming floats.
 
     Raises:
         ValueError: from `aggregate_train`, a reply has other names, shapes or dtypes than the one
@@ -101,6 +100,9 @@ class OuterOptimizer(Wrapper):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         arrays, metrics = super().aggregate_train(server_round, replies)
         if arrays is not None:
+            self._velocity = dict(
+                self._velocity
+            )  # not in place: `Guarded` takes failed rounds back
             arrays = ArrayRecord({name: self._step(name, array) for name, array in arrays.items()})
         return arrays, metrics
 
@@ -126,10 +128,9 @@ class OuterOptimizer(Wrapper):
         aggregated = npy.tensor_view(values)
         update = aggregated - npy.tensor_view(npy.from_array(self._sent[name]))
         change = (self.learning_rate - 1) * update
-        # Not in place: `Guarded` takes a failed round back.
         before = self._velocity.get(name)
         velocity = update if before is None else update + self.momentum * before
-        self._velocity = {**self._velocity, name: velocity}
+        self._velocity[name] = velocity
         change += self.learning_rate * self.momentum * velocity
         moved, target = npy.allocate(np.dtype(array.dtype), tuple(array.shape))
         torch.add(aggregated, change, out=target)

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
+from flower_adapter.arrays import describe
 from flower_adapter.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -316,7 +317,7 @@ def _nested(names: list[str]) -> str:
 
 
 def _described(arrays: ArrayRecord) -> dict[str, str]:
-    return {name: f"{array.dtype} {tuple(array.shape)}" for name, array in arrays.items()}
+    return {name: describe(array) for name, array in arrays.items()}
 
 
 def _require_alike(checkpoint: Checkpoint, initial_arrays: ArrayRecord) -> None:
@@ -338,19 +339,17 @@ def _configuration(part: object) -> dict[str, Any]:
     """The attributes of a strategy before the first round; containers as they are then."""
     if _keeps_own_state(part):
         return {}
-    return {
-        name: pack(value, name) if isinstance(value, _CONTAINERS) and _is_data(value) else value
-        for name, value in vars(part).items()
-        if name not in _TRANSIENT
-    }
+    return {name: _snapshot(value) for name, value in vars(part).items() if name not in _TRANSIENT}
 
 
-def _is_data(value: Any) -> bool:
+def _snapshot(value: Any) -> Any:
+    """What a container holds now; anything else, and what cannot be packed, as it is."""
+    if not isinstance(value, _CONTAINERS):
+        return value
     try:
-        pack(value, "")
+        return pack(value, "")
     except TypeError:
-        return False
-    return True
+        return value
 
 
 def _state_of(part: Any, before: dict[str, Any]) -> Any:
@@ -362,7 +361,8 @@ def _state_of(part: Any, before: dict[str, Any]) -> Any:
         if name in _TRANSIENT or _is_configuration(value):
             continue
         if isinstance(value, _CONTAINERS):
-            if pack(value, f"{type(part).__name__}.{name}") != before.get(name):
+            was = before.get(name)  # None of what the first round made, such as moments
+            if was is None or pack(value, f"{type(part).__name__}.{name}") != was:
                 state[name] = value
         elif isinstance(value, _DATA):
             if value is not before.get(name, _TRANSIENT):

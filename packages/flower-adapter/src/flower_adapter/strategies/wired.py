@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from typing import Any
 from uuid import uuid4
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.message import make_message
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from flower_adapter.compress import VERSION, CodecError, codec
+from flower_adapter.messages import error_for
 from flower_adapter.strategies.wrapper import Wrapper, logger
 from flower_adapter.wire import WIRE, Header, decode, encode, is_encoded
 
@@ -159,9 +159,7 @@ class Wired(Wrapper):
 
 def _error_reply(reply: Message, error: CodecError) -> Message:
     """What Flower makes of a reply that cannot be used, so that every strategy passes over it."""
-    reason = f"{type(error).__name__}: {error}"
-    failure = Error(code=ErrorCode.MOD_FAILED_PRECONDITION, reason=reason)
-    return make_message(metadata=reply.metadata, error=failure)
+    return make_message(metadata=reply.metadata, error=error_for(error))
 
 
 def _same(arrays: ArrayRecord, others: ArrayRecord) -> bool:
