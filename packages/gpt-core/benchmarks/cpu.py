@@ -323,13 +323,11 @@ def through_the_cache(model: GPT, x: Tensor, y: Tensor) -> float:
 
 def generation(options: argparse.Namespace) -> None:
     model = from_pretrained(options.model) if options.model else GPT(CONFIG).eval()
-    plain = PlainGPT(model.config, dropout=0.0).eval()
-    same_weights(plain, model)
     quantized = int8_weights(model)
     prompt = torch.zeros(1, 16, dtype=torch.int64)
     for count, rounds in ((256, options.rounds + 2), (2000, 1)):
         sides: dict[str, Step] = {
-            "recomputing the window for each token": lambda n=count: plain.generate(prompt, n),
+            "GPT.generate, no cache": lambda n=count: model.generate(prompt, n),
             "ours, fp32": lambda n=count: generate(model, prompt, n),
             "ours, int8 weights": lambda n=count: generate(quantized, prompt, n),
         }
@@ -345,11 +343,11 @@ def generation(options: argparse.Namespace) -> None:
                 pad_token_id=0,
             )
         found = take_turns(sides, rounds)
-        plain_each = found["recomputing the window for each token"] / count
+        naive_each = found["GPT.generate, no cache"] / count
         print(f"{count:,} tokens after 16, batch 1, {torch.get_num_threads()} threads:")
         for name, spent in found.items():
             each = spent / (THEIRS if name.startswith("transformers") else count)
-            times = plain_each / each
+            times = naive_each / each
             print(f"  {name:<52} {spent:8.2f} s {each * 1e3:7.2f} ms a token {times:6.1f}x")
     if options.text and options.model:
         ids = load_text(options.text)

@@ -36,7 +36,6 @@ class PlainBlock(nn.Module):
 class PlainGPT(nn.Module):
     def __init__(self, config: GPTConfig, dropout: float) -> None:
         super().__init__()
-        self.block_size = config.block_size
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(dropout)
@@ -53,14 +52,6 @@ class PlainGPT(nn.Module):
         if targets is None:
             return logits, None
         return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    @torch.no_grad()
-    def generate(self, idx: Tensor, count: int) -> Tensor:
-        """The whole window once more for each token."""
-        for _ in range(count):
-            logits = self(idx[:, -self.block_size :])[0][:, -1]
-            idx = torch.cat((idx, logits.softmax(-1).multinomial(1)), dim=1)
-        return idx
 
 
 def eager_step(

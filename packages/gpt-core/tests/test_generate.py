@@ -4,58 +4,80 @@ import sys
 
 import pytest
 import torch
+from plain_gpt import plain_forward
 
-from gpt_core import GPT, Decoder, KVCache, generate, stream
+from gpt_core import GPT, Decoder, GPTConfig, KVCache, generate, stream
 from gpt_core.generate import _Sampler
 
 
-def recompute(model: GPT, prompt: torch.Tensor, count: int) -> torch.Tensor:
-    """Greedy decoding that passes the whole sequence through the model for each token."""
-    idx = prompt
-    for _ in range(count):
-        idx = torch.cat((idx, model(idx).logits[:, -1].argmax(-1, keepdim=True)), dim=1)
-    return idx
-
-
-@pytest.mark.parametrize("length", [1, 3, 7])
-def test_greedy_text_equals_full_recomputation_up_to_the_block(model: GPT, length: int) -> None:
-    spread(model)
-    prompt = torch.randint(11, (5, length))
-    written = generate(model, prompt, 9 - length, temperature=0.0)
-    assert torch.equal(written, recompute(model.eval(), prompt, 9 - length))
-    assert written[:, length:].unique().numel() > 1
-
-
-def test_past_the_block_the_newest_half_is_the_context(model: GPT) -> None:
-    spread(model)
-    prompt = torch.randint(11, (2, 8))
-    written = generate(model, prompt, 12, temperature=0.0)
-    assert written.shape == (2, 20)
-    # the block of 8 is full with the prompt; the 10th token is the first after a move
-    window = written[:, 5:9]
-    assert torch.equal(written[:, 5:14], recompute(model, window, 5))
-
-
-def spread(model: GPT) -> GPT:
-    """Weights so large that the likeliest token varies from place to place."""
+def with_large_weights(model: GPT) -> GPT:
+    """Give the model weights so large that its most likely token varies, in evaluation mode."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return model.eval()
 
 
-def test_exact_recomputes_the_newest_block_for_each_token(model: GPT) -> None:
-    spread(model)
-    idx = prompt = torch.randint(11, (3, 4))
-    for _ in range(30):
-        logits = model(idx[:, -8:]).logits[:, -1]
-        idx = torch.cat((idx, logits.argmax(-1, keepdim=True)), dim=1)
-    assert torch.equal(generate(model, prompt, 30, temperature=0.0, window="exact"), idx)
+@pytest.mark.parametrize("length", [1, 3, 7])
+def test_greedy_text_equals_naive_generation_up_to_the_block(model: GPT, length: int) -> None:
+    with_large_weights(model)
+    prompt = torch.randint(11, (5, length))
+    written = generate(model, prompt, 9 - length, temperature=0.0)
+    assert torch.equal(written, model.generate(prompt, 9 - length, top_k=1))
+    assert written[:, length:].unique().numel() > 1
+
+
+def test_past_the_block_the_newest_half_is_the_context(model: GPT) -> None:
+    with_large_weights(model)
+    prompt = torch.randint(11, (2, 8))
+    written = generate(model, prompt, 12, temperature=0.0)
+    assert written.shape == (2, 20)
+    # The prompt fills the block of 8. The 10th token is the first one after a shift.
+    window = written[:, 5:9]
+    assert torch.equal(written[:, 5:14], model.generate(window, 5, top_k=1))
+
+
+def test_an_exact_window_writes_what_naive_generation_writes(model: GPT) -> None:
+    with_large_weights(model)
+    prompt = torch.randint(11, (3, 4))
+    written = generate(model, prompt, 30, temperature=0.0, window="exact")
+    assert torch.equal(written, model.generate(prompt, 30, top_k=1))
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_sampled_text_has_the_distribution_of_naive_generation(model: GPT, top_k: int) -> None:
+    """Compare the frequencies of all pairs of tokens that follow one prompt."""
+    torch.nn.init.normal_(model.lm_head.weight, std=0.7)
+    prompt = torch.tensor([[1, 2]]).expand(40_000, 2)
+    settings = {"temperature": 0.8, "top_k": top_k}
+    torch.manual_seed(1)
+    frequencies = [
+        (rows[:, 2] * 11 + rows[:, 3]).bincount(minlength=121) / 40_000
+        for rows in (
+            generate(model, prompt, 2, seed=0, **settings),
+            model.eval().generate(prompt, 2, **settings),
+        )
+    ]
+    # A difference of two frequencies of 40,000 draws has a deviation of at most 0.0036.
+    torch.testing.assert_close(*frequencies, atol=0.015, rtol=0)
+
+
+def test_naive_generation_draws_from_the_softmax_of_the_plain_formula(model: GPT) -> None:
+    with_large_weights(model)
+    prompt = torch.randint(11, (1, 11))
+    logits = plain_forward(model.state_dict(), model.config, prompt[:, -8:])[0, -1]
+    kept = logits.topk(5).indices
+    expected = torch.zeros(11).index_put_((kept,), (logits[kept] / 2).softmax(-1))
+    rows = model.generate(prompt.expand(40_000, 11), 1, temperature=2.0, top_k=5)
+    assert torch.equal(rows[:, :11], prompt.expand(40_000, 11))
+    frequency = rows[:, 11].bincount(minlength=11) / 40_000
+    torch.testing.assert_close(frequency, expected.detach(), atol=0.015, rtol=0)
+    assert (frequency[expected == 0] == 0).all()
 
 
 @pytest.mark.parametrize("window", ["shift", "exact"])
 def test_prompts_of_different_lengths_are_each_written_as_alone(model: GPT, window: str) -> None:
-    spread(model)
+    with_large_weights(model)
     prompts = [torch.randint(11, (length,)) for length in (3, 1, 20, 8, 3, 7)]
     together = generate(model, prompts, 25, temperature=0.0, window=window)
     assert [len(row) for row in together] == [len(prompt) + 25 for prompt in prompts]
@@ -64,27 +86,40 @@ def test_prompts_of_different_lengths_are_each_written_as_alone(model: GPT, wind
         assert torch.equal(row, alone[0])
 
 
-def test_a_block_of_one_token_can_be_written_with(tiny) -> None:
-    model = spread(GPT(dataclasses.replace(tiny, block_size=1)))
+def test_prompts_of_different_lengths_read_no_uninitialised_memory(model: GPT) -> None:
+    with_large_weights(model)
+    prompts = [torch.randint(11, (length,)) for length in (3, 1, 7)]
+    expected = generate(model, prompts, 25, temperature=0.0)
+    torch.use_deterministic_algorithms(True)  # new memory is then filled with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        written = generate(model, prompts, 25, temperature=0.0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(*rows) for rows in zip(written, expected, strict=True))
+
+
+@pytest.mark.parametrize("window", ["shift", "exact"])
+def test_a_model_with_a_block_of_one_token_can_write(tiny: GPTConfig, window: str) -> None:
+    model = with_large_weights(GPT(dataclasses.replace(tiny, block_size=1)))
     prompt = torch.randint(11, (2, 1))
-    idx = prompt
-    for _ in range(6):
-        idx = torch.cat((idx, model(idx[:, -1:]).logits[:, -1].argmax(-1, keepdim=True)), dim=1)
-    for window in ("shift", "exact"):
-        assert torch.equal(generate(model, prompt, 6, temperature=0.0, window=window), idx)
+    written = generate(model, prompt, 6, temperature=0.0, window=window)
+    assert torch.equal(written, model.generate(prompt, 6, top_k=1))
 
 
 @pytest.mark.parametrize("lengths", [[5, 5], [2, 5, 3]])
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
 def test_the_decoder_gives_the_logits_of_the_forward_pass(
-    tiny, lengths: list[int], gelu: str
+    tiny: GPTConfig, lengths: list[int], gelu: str
 ) -> None:
-    model = spread(GPT(dataclasses.replace(tiny, gelu_approximate=gelu, bias=True))).double()
+    model = with_large_weights(
+        GPT(dataclasses.replace(tiny, gelu_approximate=gelu, bias=True))
+    ).double()
     idx = torch.randint(11, (len(lengths), 8))
     cache = KVCache(model.config, len(lengths), like=model.lm_head.weight)
     with torch.no_grad():
         model(idx[:, : max(lengths)], cache=cache)
-        cache.lengths = list(lengths)  # what lies behind a row's length is garbage
+        cache.truncate(lengths)
         decoder = Decoder(model, cache)
         for step in range(3):
             columns = [length + step for length in lengths]
@@ -93,7 +128,7 @@ def test_the_decoder_gives_the_logits_of_the_forward_pass(
             for row, column in zip(rows, columns, strict=True):
                 alone = model(idx[row : row + 1, : column + 1]).logits[0, -1]
                 torch.testing.assert_close(logits[row], alone, rtol=1e-10, atol=1e-10)
-    assert cache.lengths == [length + 3 for length in lengths]
+    assert cache.lengths == tuple(length + 3 for length in lengths)
 
 
 def test_a_full_cache_takes_no_further_token(model: GPT) -> None:
@@ -105,11 +140,11 @@ def test_a_full_cache_takes_no_further_token(model: GPT) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_model_of_another_dtype_writes(model: GPT, dtype: torch.dtype) -> None:
-    spread(model).to(dtype)
+    with_large_weights(model).to(dtype)
     prompt = torch.randint(11, (2, 3))
     written = generate(model, prompt, 5, temperature=0.0)
     if dtype == torch.float64:
-        assert torch.equal(written, recompute(model, prompt, 5))
+        assert torch.equal(written, model.generate(prompt, 5, top_k=1))
     assert written.shape == (2, 8)
 
 

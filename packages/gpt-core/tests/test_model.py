@@ -127,7 +127,7 @@ def test_a_cache_continues_a_sequence(model: GPT) -> None:
     pieces = [model(idx[:, :5], cache=cache).logits]
     pieces += [model(idx[:, i : i + 1], cache=cache).logits for i in range(5, 8)]
     torch.testing.assert_close(torch.cat(pieces, 1), model(idx).logits)
-    assert cache.lengths == [8, 8, 8]
+    assert cache.lengths == (8, 8, 8)
     with pytest.raises(ValueError, match="9 tokens; block_size allows 8"):
         model(idx[:, :1], cache=cache)
 
@@ -137,9 +137,24 @@ def test_a_cache_that_cannot_be_continued_says_why(model: GPT) -> None:
     model(torch.zeros(2, 3, dtype=torch.int64), cache=cache)
     with pytest.raises(ValueError, match="one token at a time, not 2"):
         model(torch.zeros(2, 2, dtype=torch.int64), cache=cache)
-    cache.lengths = [1, 3]
-    with pytest.raises(ValueError, match=r"lengths \[1, 3\]; `Decoder` takes them"):
+    cache.truncate([1, 3])
+    with pytest.raises(ValueError, match=r"lengths \(1, 3\); `Decoder` takes them"):
         model(torch.zeros(2, 1, dtype=torch.int64), cache=cache)
+
+
+def test_a_cache_keeps_its_own_lengths(model: GPT) -> None:
+    cache = KVCache(model.config, 3, like=model.lm_head.weight)
+    model(torch.zeros(3, 5, dtype=torch.int64), cache=cache)
+    cache.truncate([2, 9, 5])  # a row is never made longer
+    assert cache.lengths == (2, 5, 5)
+    other = KVCache(model.config, 2, like=model.lm_head.weight)
+    model(torch.ones(2, 4, dtype=torch.int64), cache=other)
+    cache.replace_rows([2, 0], other)
+    assert cache.lengths == (4, 5, 4)
+    assert torch.equal(cache.keys[:, [2, 0], :, :4], other.keys[..., :4, :])
+    assert torch.equal(cache.values[:, [2, 0], :, :4], other.values[..., :4, :])
+    with pytest.raises(AttributeError):
+        cache.lengths = (1, 1, 1)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("p", [0.001, 0.2, 0.5, 0.9])

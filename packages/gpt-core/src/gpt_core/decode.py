@@ -107,5 +107,5 @@ class Decoder:
             x = x + layer.attn_proj(y.reshape(B, C))
             hidden = F.gelu(layer.c_fc(layer.ln_2(x)), approximate=layer.approximate)
             x = x + layer.mlp_proj(hidden)
-        cache.lengths = [length + 1 for length in lengths]
+        cache.advance(1)
         return self.lm_head(self.ln_f(x))

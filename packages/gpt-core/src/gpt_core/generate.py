@@ -105,12 +105,12 @@ class _Rows:
         """Of the next token of each row, (B, vocab_size)."""
         if self.pending is None:
             return self._prefill(range(len(self.lengths)), self.block_size)
-        lengths = self.cache.lengths
-        full = [row for row, length in enumerate(lengths) if length == self.block_size]
-        if len(full) == len(lengths):
+        full = [row for row, length in enumerate(self.cache.lengths) if length == self.block_size]
+        if len(full) == len(self.lengths):
             return self._refill(full)
-        # a full row takes part in the step at a place that is filled again right after it
-        self.cache.lengths = [min(length, self.block_size - 1) for length in lengths]
+        # The decoder steps all rows at once and needs a free position in each. A full row drops
+        # its newest token here, and is refilled right after the step.
+        self.cache.truncate([self.block_size - 1] * len(self.lengths))
         logits = self.decoder(self.pending)
         if full:
             logits[full] = self._refill(full)
@@ -121,27 +121,22 @@ class _Rows:
         return self._prefill(rows, keep)
 
     def _prefill(self, rows: Sequence[int], keep: int) -> Tensor:
-        """Pass the newest `keep` tokens of these rows through the model, in place of the cached."""
+        """Cache the newest `keep` tokens of these rows anew; return (len(rows), vocab_size)."""
         lengths = [min(self.lengths[row], keep) for row in rows]
         idx = self.ids.new_zeros(len(rows), max(lengths))
-        for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             end = self.lengths[row]
-            idx[place, :length] = self.ids[row, end - length : end]
-        everything = len(rows) == len(self.lengths)
-        fresh = (
-            self.cache
-            if everything
-            else KVCache(self.model.config, len(rows), like=self.cache.keys)
-        )
-        fresh.lengths = [0] * len(rows)
-        # what a shorter row holds behind its end is never looked at: causal now, masked later
-        x = self.model.transformer(idx, fresh)  # (len(rows), T, C)
-        if not everything:
-            filled = slice(max(lengths))
-            self.cache.keys[:, rows, :, filled] = fresh.keys[:, :, :, filled]
-            self.cache.values[:, rows, :, filled] = fresh.values[:, :, :, filled]
-        for row, length in zip(rows, lengths, strict=True):
-            self.cache.lengths[row] = length
+            idx[i, :length] = self.ids[row, end - length : end]
+        if len(rows) == len(self.lengths):
+            cache = self.cache
+            cache.truncate([0] * len(rows))
+        else:
+            cache = KVCache(self.model.config, len(rows), like=self.cache.keys)
+        # Shorter rows are padded at their end. Attention is causal, so no real token sees padding.
+        x = self.model.transformer(idx, cache)  # (len(rows), T, C)
+        cache.truncate(lengths)
+        if cache is not self.cache:
+            self.cache.replace_rows(rows, cache)
         last = torch.tensor(lengths, device=idx.device) - 1
         logits: Tensor = self.model.lm_head(x[torch.arange(len(rows), device=idx.device), last])
         return logits

@@ -1,15 +1,14 @@
-"""The GPT of nanoGPT, with its parameter names.
+"""The GPT model, with nanoGPT's architecture and parameter names.
 
-What is special about it:
-- learned positions, pre-norm blocks, GELU, one embedding matrix for input and output;
-- GPT-2's initialisation, residual projections scaled by 1/sqrt(2 n_layer);
-- attention through PyTorch's fused kernels, or through blocks of matrix products where those are
-  faster, so dropout inside attention is a setting of its own;
-- an optional key-value cache, with which `forward` continues sequences, each at its own length,
-  instead of recomputing them.
+- Positions are learned. Blocks are pre-norm with GELU. Input and output share one embedding matrix.
+- Initial weights follow GPT-2: residual projections are scaled by 1/sqrt(2 n_layer).
+- Attention runs in PyTorch's fused kernels, or in blocks of matrix products where those are faster.
+  Neither has dropout inside attention on a CPU, so `attention_dropout` is a separate setting.
+- With a key-value cache, `forward` continues a sequence instead of recomputing it.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,26 +21,59 @@ from gpt_core.loss import IGNORED, at_least_fp32, chunked_cross_entropy
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, preallocated for one block.
+    """Keys and values of the tokens seen so far, allocated once for a whole block.
 
-    Two tensors (n_layer, B, n_head, block_size, head_size) of the model's dtype. Row b of the
-    batch has filled the first `lengths[b]` of the block_size places; what lies behind is garbage.
+    `keys` and `values` have shape (n_layer, B, n_head, block_size, head_size) and the dtype and
+    device of `like`. Row b of the batch holds `lengths[b]` tokens. Entries behind that length are
+    left over from earlier tokens, or zero. Readers must mask them.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, *, like: Tensor) -> None:
         head_size = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_size)
-        self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.values = torch.empty_like(self.keys)
-        self.lengths = [0] * batch_size
+        # not torch.empty: attention multiplies masked values by 0, and 0 * NaN is NaN
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.zeros_like(self.keys)
+        self._lengths = [0] * batch_size
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Number of tokens that each row holds."""
+        return tuple(self._lengths)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, n_head, T, head_size) of new tokens; return those of all tokens."""
-        start = self.lengths[0]
+        """Store new keys and values of one layer, in rows of equal length.
+
+        Call `advance` when all layers have stored theirs.
+
+        Args:
+            layer: index of the layer.
+            k, v: (B, n_head, T, head_size), keys and values of T new tokens.
+
+        Returns:
+            Keys and values of the old and new tokens, each (B, n_head, length + T, head_size).
+        """
+        start = self._lengths[0]
         end = start + k.size(2)
         self.keys[layer, :, :, start:end] = k
         self.values[layer, :, :, start:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, count: int) -> None:
+        """Count `count` more tokens in every row, after all layers have stored them."""
+        self._lengths = [length + count for length in self._lengths]
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Keep at most the first `lengths[b]` tokens of each row b."""
+        self._lengths = [min(pair) for pair in zip(self._lengths, lengths, strict=True)]
+
+    def replace_rows(self, rows: Sequence[int], source: "KVCache") -> None:
+        """Replace row `rows[i]` by row i of `source`, for every row of `source`."""
+        filled = slice(max(source.lengths))
+        self.keys[:, rows, :, filled] = source.keys[:, :, :, filled]
+        self.values[:, rows, :, filled] = source.values[:, :, :, filled]
+        for row, length in zip(rows, source.lengths, strict=True):
+            self._lengths[row] = length
 
 
 class _MaskedScale(torch.autograd.Function):
@@ -169,6 +201,8 @@ class Transformer(nn.Module):
         x = self.drop(self.wte(idx) + positions)  # (B, T, C)
         for block in self.h:
             x = block(x, cache)
+        if cache is not None:
+            cache.advance(idx.size(1))
         out: Tensor = self.ln_f(x)
         return out
 
@@ -262,8 +296,6 @@ class GPT(nn.Module):
                 f"the sequence has {end} tokens; block_size allows {self.config.block_size}"
             )
         x = self.transformer(idx, cache)  # (B, T, C)
-        if cache is not None:
-            cache.lengths = [length + T for length in cache.lengths]
         if targets is not None and self.loss_chunk > 0:
             weight = self.lm_head.weight
             loss = chunked_cross_entropy(
@@ -277,6 +309,34 @@ class GPT(nn.Module):
             at_least_fp32(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORED
         )
         return GPTOutput(logits, loss)
+
+    @torch.no_grad()
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0
+    ) -> Tensor:
+        """Sample tokens one by one and recompute the whole window for each.
+
+        This is the simple reference. `gpt_core.generate` draws from the same distribution, but it
+        caches keys and values. Call `eval()` first, otherwise dropout is active.
+
+        Args:
+            idx: int64 (B, T) prompts of at least one token.
+            max_new_tokens: number of tokens to append to each row.
+            temperature: divides the logits. It must be above 0.
+            top_k: number of most likely tokens to draw from. 0 means all.
+
+        Returns:
+            int64 (B, T + max_new_tokens), the prompts and the sampled tokens.
+        """
+        for _ in range(max_new_tokens):
+            window = idx[:, -self.config.block_size :]  # (B, at most block_size)
+            logits = self(window).logits[:, -1] / temperature  # (B, vocab_size)
+            if top_k > 0:
+                kth_largest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < kth_largest, -math.inf)
+            drawn = torch.multinomial(logits.softmax(-1), num_samples=1)  # (B, 1)
+            idx = torch.cat((idx, drawn), dim=1)
+        return idx
 
 
 def uncompiled(model: GPT) -> GPT:

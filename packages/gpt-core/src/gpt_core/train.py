@@ -46,14 +46,6 @@ class TrainResult:
     seconds: float
 
 
-def _move(batch: Batch, device: torch.device) -> Batch:
-    if device.type != "cuda":
-        return batch[0].to(device), batch[1].to(device)
-    # from pinned memory a copy runs beside the computation
-    x, y = (part.pin_memory().to(device, non_blocking=True) for part in batch)
-    return x, y
-
-
 def _slices(batch: Batch, runtime: Runtime) -> list[Batch]:
     """The batch in slices of whole rows, as equal as can be, of at most `micro_batch_tokens`."""
     x, y = batch
@@ -127,14 +119,12 @@ def train_steps(
     total = since = 0.0
     tokens = news = 0
     iterator = iter(batches)
-    batch = next(iterator, None)
     for step in range(1, steps + 1):
+        batch = next(iterator, None)
         if batch is None:
             raise ValueError(f"the batches ended after {step - 1} of {steps} steps")
-        x, y = _move(batch, runtime.device)
+        x, y = (part.to(runtime.device) for part in batch)
         loss = _backward(model, (x, y), runtime)
-        # while a GPU still computes, the next batch is drawn; none is drawn that is not used
-        batch = next(iterator, None) if step < steps else None
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         value, size = loss.item(), norm.item()
         if not math.isfinite(value) or not math.isfinite(size):
@@ -178,7 +168,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, runtime: Runtime) ->
     total, count = 0.0, 0
     try:
         for batch in batches:
-            for x, y in _slices(_move(batch, runtime.device), runtime):
+            whole = batch[0].to(runtime.device), batch[1].to(runtime.device)
+            for x, y in _slices(whole, runtime):
                 targets = int((y != IGNORED).sum())
                 if targets == 0:
                     continue
