@@ -1,6 +1,9 @@
-"""The run directory: what a run leaves on disk."""
+"""The run directory: the files that a run writes."""
 
+import io
 import json
+import os
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,132 +14,151 @@ from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, Corpus
 
 CHECKPOINTS = "checkpoints"
-SHAPE_KEYS = ("n-layer", "n-head", "n-embd", "block-size")  # what a model cannot change later
+CONFIG_FILE = "config.json"
 MODEL_DIRECTORY = "model"
 TOKENIZER_FILE = "tokenizer.json"
-CORPUS_KEYS = ("name", "source", "sha256", "licence", "note")
+
+MODEL_KEYS = ("n-layer", "n-head", "n-embd", "block-size")  # a resumed run cannot change them
+CORPUS_FIELDS = ("name", "source", "sha256", "licence", "note")
 LIBRARIES = ("gpt-core", "shakespeare-data", "flower-adapter", "flwr", "torch")
 
-Points = list[tuple[int, float]]  # round and loss
+Points = list[tuple[int, float]]  # (round, loss)
 
 
-def writable_directory(output_dir: str, *below: str) -> Path:
-    """The absolute path of a directory in `output_dir`, or of that itself, made and tried out.
+def writable_directory(output_dir: str, subdirectory: str = "") -> Path:
+    """Create a directory, check that files can be created in it, and return its absolute path.
 
     Raises:
-        SettingsError: if it cannot be made or written.
+        SettingsError: if the directory cannot be created or written.
     """
-    path = Path(output_dir, *below)
+    path = Path(output_dir, subdirectory)
     try:
         path = path.expanduser().resolve()
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except (OSError, RuntimeError, ValueError) as error:  # also: no such user, a NUL in it
-        why = error.strerror if isinstance(error, OSError) else error
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    # RuntimeError: "~name" of an unknown user. ValueError: a NUL character in the path.
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise SettingsError(
             f"output-dir is {output_dir!r}; it must be a directory that can be written, but "
-            f"{path} is not: {why}"
+            f"{path} cannot be written: {reason}"
         ) from error
     return path
 
 
 class RunDirectory:
-    """`<output-dir>/<run id>/`: checkpoints/, config.json, curve.png, metrics.jsonl, model/, …"""
+    """The directory of one run, `<output-dir>/<run id>/`.
+
+    Each file is written under a temporary name, synced and then renamed, so that a reader never
+    sees half of it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
     def create(cls, output_dir: str, run_id: int) -> "RunDirectory":
-        """Make the directory, and make sure that it can be written.
+        """Create the directory of a new run.
 
         Raises:
-            SettingsError: if it cannot.
+            SettingsError: if the directory cannot be created or written.
         """
         return cls(writable_directory(output_dir, str(run_id)))
 
     @classmethod
     def resume(cls, settings: Settings) -> "RunDirectory":
-        """The directory of the run that was cut off.
+        """Open the directory of the run that `resume-from` names.
 
         Raises:
-            SettingsError: if there is none, with checkpoints in it, or if that run's model was
-                another.
+            SettingsError: if the directory has no checkpoints, or if its run trained a model of
+                another size.
         """
-        resume_from = settings.resume_from
-        path = Path(resume_from).expanduser().resolve()
+        path = Path(settings.resume_from).expanduser().resolve()
         if not (path / CHECKPOINTS).is_dir():
             raise SettingsError(
-                f"resume-from is {resume_from!r}; it must be the directory of a run, but {path} "
-                f"has no {CHECKPOINTS}"
+                f"resume-from is {settings.resume_from!r}; it must be the directory of a run, but "
+                f"{path} has no {CHECKPOINTS}"
             )
-        config = path / "config.json"
+        config = path / CONFIG_FILE
         if config.exists():
-            before = json.loads(config.read_text(encoding="utf-8"))["settings"]
-            now = settings.to_run_config()
-            if changed := [key for key in SHAPE_KEYS if before[key] != now[key]]:
-                told = ", ".join(f"{key} is {now[key]}, was {before[key]}" for key in changed)
-                raise SettingsError(f"the run in {path} was of another model: {told}")
+            old = json.loads(config.read_text(encoding="utf-8"))["settings"]
+            new = settings.to_run_config()
+            changes = [
+                f"{key} is {new[key]} but was {old[key]}"
+                for key in MODEL_KEYS
+                if new[key] != old[key]
+            ]
+            if changes:
+                raise SettingsError(
+                    f"the run in {path} trained a model of another size: {', '.join(changes)}"
+                )
         return cls(path)
 
     @property
     def checkpoints(self) -> Path:
-        """`checkpoints/`: what a run needs to go on."""
+        """The directory of the checkpoints, from which a run can be resumed."""
         return self.path / CHECKPOINTS
 
     def write_config(
         self, settings: Settings, corpus: Corpus | None, runtime: Runtime, model: GPT
     ) -> None:
-        """`config.json`: everything that the figures of the run depend on."""
-        about = {
+        """Write `config.json`: settings, corpus, versions and the server's device."""
+        config = {
             "settings": settings.to_run_config(),
             "parameters": model.num_parameters(),
-            "corpus": corpus and {key: getattr(corpus, key) for key in CORPUS_KEYS},
+            "corpus": corpus and {name: getattr(corpus, name) for name in CORPUS_FIELDS},
             "server": runtime.to_dict(),
             "versions": {
                 "nanogpt-flower": nanogpt_flower.__version__,
                 **{name: version(name) for name in LIBRARIES},
             },
         }
-        self._write("config.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        self._write_text(CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """`metrics.jsonl`, a line a round. It holds no times, so equal runs leave equal files."""
+        """Write `metrics.jsonl`, one line for each round."""
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
-        self._write("metrics.jsonl", "".join(lines))
+        self._write_text("metrics.jsonl", "".join(lines))
 
     def save_model(self, model: GPT, tokenizer: CharTokenizer) -> None:
-        """`model/`: config.json, model.safetensors, tokenizer.json."""
+        """Save the model and its tokenizer in `model/`."""
         save_pretrained(model, self.path / MODEL_DIRECTORY)
         tokenizer.save(self.path / MODEL_DIRECTORY / TOKENIZER_FILE)
 
     def write_sample(self, text: str) -> None:
-        """`sample.txt`."""
-        self._write("sample.txt", text)
+        """Write `sample.txt`."""
+        self._write_text("sample.txt", text)
 
     def draw_curve(self, validation: Points, training: Points) -> None:
-        """`curve.png`: loss by round."""
-        from matplotlib.figure import Figure
+        """Draw the losses of all rounds in `curve.png`."""
+        from matplotlib.figure import Figure  # imported here, because it takes long
         from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
         axes = figure.add_subplot()
-        for points, style, name in (
+        for points, style, label in (
             (validation, "o-", "validation"),
             (training, "s--", "training"),
         ):
-            axes.plot([at for at, _ in points], [loss for _, loss in points], style, label=name)
-        axes.set(xlabel="round", ylabel="loss (nats a character)", title="Federated NanoGPT")
+            rounds = [server_round for server_round, _ in points]
+            losses = [loss for _, loss in points]
+            axes.plot(rounds, losses, style, label=label)
+        axes.set(xlabel="round", ylabel="loss (nats per character)", title="Federated NanoGPT")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-        beside = self.path / ".curve.png"
-        figure.savefig(beside, format="png")
-        beside.replace(self.path / "curve.png")
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
+        self._write("curve.png", image.getvalue())
 
-    def _write(self, name: str, text: str) -> None:
-        beside = self.path / f".{name}"
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(self.path / name)
+    def _write_text(self, name: str, text: str) -> None:
+        self._write(name, text.encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        temporary = self.path / f".{name}"
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path / name)

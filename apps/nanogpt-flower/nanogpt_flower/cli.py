@@ -1,4 +1,4 @@
-"""Use what a run of the app has left: text from a trained model, streamed."""
+"""Write text with the model that a run has trained."""
 
 import argparse
 import os
@@ -9,45 +9,53 @@ from pathlib import Path
 import torch
 
 import nanogpt_flower
-from gpt_core import GPT, CheckpointError, ConfigError, Runtime, from_pretrained, stream
+from gpt_core import GPT, CheckpointError, Runtime, from_pretrained, stream
 from nanogpt_flower.artifacts import MODEL_DIRECTORY, TOKENIZER_FILE
 from nanogpt_flower.composition import sample_start
-from shakespeare_data import CharTokenizer, DataError
+from shakespeare_data import CharTokenizer
 
 
 def load_model(directory: Path) -> tuple[GPT, CharTokenizer]:
-    """Model and tokenizer of a run directory, or of the `model/` in it."""
+    """Load a model and its tokenizer from a run directory, or from the `model/` in it.
+
+    Raises:
+        CheckpointError: if the model cannot be loaded or does not fit the tokenizer.
+        DataError: if the tokenizer cannot be loaded.
+    """
     inside = directory / MODEL_DIRECTORY
     directory = inside if inside.is_dir() else directory
     model, tokenizer = from_pretrained(directory), CharTokenizer.load(directory / TOKENIZER_FILE)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise CheckpointError(
-            f"{directory / TOKENIZER_FILE} has {tokenizer.vocab_size} characters, the model beside "
-            f"it {model.config.vocab_size}"
+            f"{directory / TOKENIZER_FILE} has {tokenizer.vocab_size} characters, but the model "
+            f"beside it has {model.config.vocab_size}"
         )
     return model, tokenizer
 
 
 def sample(arguments: argparse.Namespace) -> None:
+    """Print the prompt and the text that the model writes after it, character by character."""
     model, tokenizer = load_model(arguments.directory)
     runtime = Runtime.resolve(device=arguments.device, compile="off")
-    text = arguments.prompt or sample_start(tokenizer)
-    prompt = torch.from_numpy(tokenizer.encode(text).astype("int64"))[None]
+    prompt = arguments.prompt or sample_start(tokenizer)
+    prompt_ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))[None]  # (1, T)
     tokens = stream(
         runtime.prepare(model),
-        prompt,
+        prompt_ids,
         arguments.tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         seed=arguments.seed,
     )
-    print(text, end="", flush=True)
+    print(prompt, end="", flush=True)
     for token in tokens:
         print(tokenizer.decode([int(token)]), end="", flush=True)
     print()
 
 
-def _whole(most: int) -> Callable[[str], int]:
+def _whole_number(most: int) -> Callable[[str], int]:
+    """Return an argument parser for whole numbers from 0 to `most`."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -68,32 +76,36 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser(
         "sample",
-        help="stream text from a trained model",
+        help="print text that a trained model writes",
         epilog='example: nanogpt-flower sample runs/123 --prompt "ROMEO:" --tokens 500 --seed 1',
     )
-    count, seed = _whole(2**31 - 1), _whole(2**63 - 1)
-    command.add_argument("directory", type=Path, help="a run directory, or the model/ in it")
-    command.add_argument("--prompt", default="", help="the text to go on from (a line break)")
-    command.add_argument("--tokens", type=count, default=500, help="characters to write (500)")
-    command.add_argument("--seed", type=seed, help="of the draws; equal seeds, equal text")
-    command.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
-    command.add_argument("--top-k", type=count, default=0, help="draw from the k likeliest; 0: all")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
+    count, seed = _whole_number(2**31 - 1), _whole_number(2**63 - 1)
+    add = command.add_argument
+    add("directory", type=Path, help="a run directory, or the model/ in it")
+    add("--prompt", default="", help="start of the text (default: a line break)")
+    add("--tokens", type=count, default=500, help="number of characters to write (default: 500)")
+    add("--seed", type=seed, help="equal seeds give equal texts (default: another text each time)")
+    add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+    add("--top-k", type=count, default=0, help="draw from the k likeliest (default: 0, from all)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     command.set_defaults(run=sample)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; a bad input is one line on stderr and exit status 2."""
+    """Run the command and return its exit status.
+
+    A bad input prints one line on stderr, and the status is 2.
+    """
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (CheckpointError, ConfigError, DataError, ValueError) as error:
+    except ValueError as error:  # also CheckpointError, ConfigError and DataError
         print(f"nanogpt-flower: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0

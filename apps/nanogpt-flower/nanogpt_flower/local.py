@@ -1,8 +1,9 @@
-"""A Flower federation on this machine for one run: processes on loopback that end with it.
+"""Start a Flower federation on this machine, run the app in it once, and stop it.
 
-`flwr run` alone exits 0 when the run failed, and leaves a SuperLink behind that later runs reuse
-with the environment of today. Here a run has a `FLWR_HOME`, ports and processes of its own, its
-outcome is the exit status, and nothing is left running, after Ctrl-C too.
+`flwr run` alone exits with status 0 when the run has failed. It also leaves a SuperLink running,
+and later runs reuse that SuperLink with its old environment. Here each run has its own `FLWR_HOME`,
+ports and processes. The exit status is 0 only if the run completed. Every process is stopped at the
+end, also after Ctrl-C.
 
     python -m nanogpt_flower.local simulate quick --app apps/nanogpt-flower
     python -m nanogpt_flower.local deploy quick num-server-rounds=2 --app apps/nanogpt-flower
@@ -35,41 +36,50 @@ from nanogpt_flower.composition import NO_CORPUS, parts, runtime, sample_prompt
 from nanogpt_flower.settings import Settings
 from shakespeare_data import CORPORA, CharTokenizer, load_corpus, partition
 
-CONNECTION = "here"
-MARK = "NANOGPT_FLOWER_LOCAL"  # in the environment of every process that a federation starts
-# SIGINT too: a shell's background jobs are started with it ignored. Windows has no SIGHUP.
+CONNECTION = "local"  # the SuperLink's name in Flower's config.toml
+FEDERATION_ID = "NANOGPT_FLOWER_FEDERATION"  # set in the environment of every process started here
+# A shell starts background jobs with SIGINT ignored, so SIGINT needs a handler too. Windows has no
+# SIGHUP.
 ENDING_SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
-START_SECONDS = 60.0
-END_SECONDS = 10.0
+START_SECONDS = 60.0  # a SuperLink that does not answer by then has failed to start
+STOP_SECONDS = 10.0  # a process that still lives by then is killed
 
 
 class LocalRunError(RuntimeError):
-    """The federation could not start, or its run failed; the message says why."""
+    """The federation could not start or its run failed. The message says why."""
+
+
+def program(name: str) -> str:
+    """Return the path of a program in the Python environment of this process."""
+    return str(Path(sysconfig.get_path("scripts")) / name)
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 on which nothing listens now."""
+    """Return a port of 127.0.0.1 on which nothing listens at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class Federation:
-    """A SuperLink with an empty state, and whatever joins it; a context manager that ends them."""
+    """A new SuperLink and its SuperNodes, as processes on this machine.
+
+    Use it as a context manager. When the context ends, all its processes are stopped.
+    """
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self.port = free_port()
-        self._mark = uuid.uuid4().hex
+        self._id = uuid.uuid4().hex
         self._started: dict[str, subprocess.Popen[bytes]] = {}
         self._environment = os.environ | {
-            # Flower starts its own programs by bare name
+            # Flower starts its own programs by name alone.
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
             "FLWR_HOME": str(home),
-            "RAY_DEDUP_LOGS": "0",  # else Ray takes two clients' progress for one line
-            MARK: self._mark,
+            "RAY_DEDUP_LOGS": "0",  # Ray would merge the similar progress lines of two clients
+            FEDERATION_ID: self._id,
         }
         home.mkdir(parents=True, exist_ok=True)
         (home / "config.toml").write_text(
@@ -82,28 +92,29 @@ class Federation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.end()
+        self.stop()
 
     def start(
         self, name: str, command: Sequence[str], **environment: str
     ) -> subprocess.Popen[bytes]:
-        """Start one of Flower's programs in the background, its log in `<home>/<name>.log`."""
+        """Start one of Flower's programs in the background. Its log is `<home>/<name>.log`."""
         with (self.home / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 [program(command[0]), *command[1:]],
                 env=environment | self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
+                # Ctrl-C then reaches this process alone, which stops the others.
+                start_new_session=True,
             )
         self._started[name] = process
         return process
 
     def start_superlink(self, *options: str) -> None:
-        """Start the SuperLink and wait until it answers.
+        """Start the SuperLink and wait until it accepts connections.
 
         Raises:
-            LocalRunError: if it ends or does not answer within a minute; its log is quoted.
+            LocalRunError: if it does not within a minute. The message quotes its log.
         """
         command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port"]
         process = self.start("superlink", [*command, str(self.port), *options])
@@ -113,44 +124,45 @@ class Federation:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
             time.sleep(0.1)
-        raise LocalRunError(f"the SuperLink did not start: {self.tail('superlink')}")
+        raise LocalRunError(f"the SuperLink did not start: {self.log_tail('superlink')}")
 
     def start_supernode(self, name: str, node_config: str, *, threads: int = 1) -> None:
-        """Start a SuperNode that joins the SuperLink, and computes with that many threads.
+        """Start a SuperNode whose PyTorch uses `threads` threads.
 
-        By default PyTorch takes a thread a core in each of them, and threads that wait for each
-        other on shared cores make a step many times slower. `OMP_NUM_THREADS`, if set, decides.
+        PyTorch's default is one thread for each core. With several SuperNodes on the same cores,
+        these threads wait for each other, and a step becomes many times slower. If the user has set
+        `OMP_NUM_THREADS`, that number is used instead.
         """
-        link = ["--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port())]
-        command = ["flower-supernode", "--insecure", *link, "--node-config", node_config]
+        addresses = ["--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port())]
+        command = ["flower-supernode", "--insecure", *addresses, "--node-config", node_config]
         self.start(name, command, OMP_NUM_THREADS=str(threads))
 
     def run(self, app: Path, run_config: Mapping[str, Any], *options: str) -> None:
-        """`flwr run`, streamed, to the end of the run.
+        """Run the app with `flwr run --stream` and wait until the run has ended.
 
         Raises:
-            LocalRunError: if the run could not be started or did not complete, or if a program of
-                the federation ended before it; its log is quoted.
+            LocalRunError: if the run did not start or did not complete, or if a SuperLink or
+                SuperNode ended before the run did. The message then quotes its log.
         """
         config = self.home / "run-config.toml"
         config.write_text(tomli_w.dumps(run_config), encoding="utf-8")
         command = [program("flwr"), "run", str(app), CONNECTION, "--stream", *options]
         command += ["--run-config", str(config)] if run_config else []
-        with subprocess.Popen(command, env=self._environment) as streaming:
-            while streaming.poll() is None:
+        with subprocess.Popen(command, env=self._environment) as flwr_run:
+            while flwr_run.poll() is None:
                 time.sleep(0.5)
-                for name, started in self._started.items():
-                    if started.poll() is not None:
-                        streaming.terminate()
-                        raise LocalRunError(f"{name} ended during the run: {self.tail(name)}")
-        if streaming.returncode:
-            raise LocalRunError("`flwr run` did not start the run; its message stands above")
-        status, details = self.outcome()
+                for name, process in self._started.items():
+                    if process.poll() is not None:
+                        flwr_run.terminate()
+                        raise LocalRunError(f"{name} ended during the run: {self.log_tail(name)}")
+        if flwr_run.returncode:
+            raise LocalRunError("`flwr run` did not start the run; see its message above")
+        status, details = self._run_status()
         if status != "finished:completed":
-            raise LocalRunError(details or f"the run ended {status}; see the log above")
+            raise LocalRunError(details or f"the status of the run is {status}; see the log above")
 
-    def outcome(self) -> tuple[str, str]:
-        """Status and details of the newest run."""
+    def _run_status(self) -> tuple[str, str]:
+        """Ask Flower for the status of the newest run, and for its details."""
         listed = subprocess.run(
             [program("flwr"), "list", CONNECTION, "--format", "json"],
             env=self._environment,
@@ -161,38 +173,43 @@ class Federation:
         newest = json.loads(listed.stdout)["runs"][0]
         return newest["status"], newest.get("status-details", "")
 
-    def tail(self, name: str, lines: int = 15) -> str:
-        """The end of a program's log."""
+    def log(self, name: str) -> list[str]:
+        """Return the lines that a program has logged so far."""
         text = (self.home / f"{name}.log").read_text(encoding="utf-8", errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+        return text.splitlines()
 
-    def told(self, name: str) -> str:
-        """What a SuperNode's log says of data and errors, without the steps."""
-        text = (self.home / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+    def log_tail(self, name: str, lines: int = 15) -> str:
+        """Return the last lines of a program's log."""
+        return "\n".join(self.log(name)[-lines:])
+
+    def log_summary(self, name: str) -> str:
+        """Return the lines of a SuperNode's log that name its text or an error."""
         kept = ("trains on", "ERROR", "Error:")
-        return "\n".join(line for line in text.splitlines() if any(k in line for k in kept))
+        return "\n".join(line for line in self.log(name) if any(word in line for word in kept))
 
     def processes(self) -> set[psutil.Process]:
-        """Every living process that this federation started, however far down."""
+        """Find every living process that this federation or one of its processes has started."""
         marked = {process for process in psutil.process_iter() if self._is_marked(process)}
-        # Ray's agents rename themselves over their environment; their parents still have it
+        # Ray's agents overwrite their environment when they rename themselves. Their parents
+        # still have it.
         return marked.union(*(_descendants(process) for process in marked))
 
     def _is_marked(self, process: psutil.Process) -> bool:
         try:
-            return bool(process.environ().get(MARK) == self._mark)
+            return bool(process.environ().get(FEDERATION_ID) == self._id)
         except (psutil.Error, OSError):
-            return False  # another user's, or already gone
+            return False  # the process belongs to another user or has ended
 
-    def end(self) -> None:
-        """End them all: asked first, killed after ten seconds."""
-        asked: set[psutil.Process] = set()
-        deadline = time.monotonic() + END_SECONDS
-        while living := {process for process in self.processes() | asked if _lives(process)}:
+    def stop(self) -> None:
+        """Terminate every process, kill those that still live after ten seconds, and wait."""
+        terminated: set[psutil.Process] = set()
+        deadline = time.monotonic() + STOP_SECONDS
+        # A process may start another one while it ends, so look for new ones each time.
+        while living := {process for process in self.processes() | terminated if _lives(process)}:
             late = time.monotonic() > deadline
-            for process in living if late else living - asked:
+            for process in living if late else living - terminated:
                 _end(process, kill=late)
-            asked |= living
+            terminated |= living
             psutil.wait_procs(living, timeout=0.2)
         for started in self._started.values():
             started.wait()
@@ -219,47 +236,66 @@ def _end(process: psutil.Process, *, kill: bool) -> None:
         return
 
 
-def program(name: str) -> str:
-    """The path of a program of this very environment, whatever is on PATH."""
-    return str(Path(sysconfig.get_path("scripts")) / name)
+def read_run_config(app: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """Read `[preset] [key=value ...]`: a preset's settings, changed by the overrides after it.
 
-
-def read_run_config(app: Path, preset: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The keys of a preset ("full" has none), then each `key=value` on top.
+    The default preset is "quick". The preset "full" is empty, so that the app's defaults apply.
 
     Raises:
-        LocalRunError: for an unknown preset, or an override without a key.
+        LocalRunError: if the preset does not exist or an override has no key.
     """
-    names = sorted(path.stem for path in (app / "presets").glob("*.toml"))
-    if preset != "full" and preset not in names:
-        raise LocalRunError(f"the preset is {preset!r}; there are {', '.join(['full', *names])}")
+    preset, overrides = "quick", list(arguments)
+    if overrides and "=" not in overrides[0]:
+        preset = overrides.pop(0)
+    presets = {path.stem: path for path in sorted((app / "presets").glob("*.toml"))}
+    if preset != "full" and preset not in presets:
+        known = ", ".join(["full", *presets])
+        raise LocalRunError(f"the preset is {preset!r}; it must be one of {known}")
     config: dict[str, Any] = {}
     if preset != "full":
-        config = tomllib.loads((app / "presets" / f"{preset}.toml").read_text(encoding="utf-8"))
+        config = tomllib.loads(presets[preset].read_text(encoding="utf-8"))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not key or not equals:
             raise LocalRunError(f"the override is {override!r}; it must be key=value")
         config[key] = _value(value)
-    corpus = str(config.get("corpus", ""))
-    if corpus and corpus not in (*CORPORA, NO_CORPUS) and Path(corpus).exists():
-        config["corpus"] = str(Path(corpus).resolve())
     return config
 
 
 def _value(text: str) -> Any:
-    """A TOML value; what is none is a text, whose quotes a shell has taken."""
+    """Parse a TOML value. Keep anything else as a text, since a shell removes its quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
 
 
-def check(run_config: Mapping[str, Any], num_clients: int) -> None:
-    """Refuse at once, in one line, what the ServerApp would refuse once all programs have started.
+def make_paths_absolute(run_config: dict[str, Any]) -> None:
+    """Make the paths in a run config absolute, since the SuperLink works in another directory.
 
     Raises:
-        ValueError: naming what cannot work and what is allowed.
+        LocalRunError: if a path begins with the home directory of an unknown user.
+    """
+    run_config.setdefault("output-dir", Settings().output_dir)
+    for key in ("output-dir", "resume-from", "client-state", "corpus"):
+        value = run_config.get(key)
+        if not isinstance(value, str) or not value:
+            continue
+        if key == "corpus" and value in (*CORPORA, NO_CORPUS):
+            continue
+        try:
+            path = Path(value).expanduser().resolve()
+        except RuntimeError as error:
+            raise LocalRunError(f"{key} is {value!r}: {error}") from error
+        if key != "corpus" or path.exists():  # `load_corpus` explains an unknown name better
+            run_config[key] = str(path)
+
+
+def check_run_config(run_config: Mapping[str, Any], num_clients: int) -> None:
+    """Make the ServerApp's checks before any program starts, so that a mistake shows at once.
+
+    Raises:
+        ValueError: if a setting cannot work. The message names it and what is allowed.
     """
     settings = Settings.from_run_config(run_config)
     runtime(settings)
@@ -275,20 +311,23 @@ def check(run_config: Mapping[str, Any], num_clients: int) -> None:
 
 
 def simulate(app: Path, run_config: Mapping[str, Any], options: argparse.Namespace) -> None:
-    """One run in the Simulation Runtime."""
-    size = {
+    """Run the app once in Flower's Simulation Runtime."""
+    federation_config = {
         "num-supernodes": options.num_clients,
         "client-resources-num-cpus": options.cpus or 1,
         "client-resources-num-gpus": options.gpus or 0.0,
     }
+    pairs = " ".join(f"{key}={value}" for key, value in federation_config.items())
     with _temporary_federation() as federation:
         federation.start_superlink("--simulation", "--isolation", "subprocess")
-        pairs = " ".join(f"{key}={value}" for key, value in size.items())
         federation.run(app, run_config, "--federation-config", pairs)
 
 
 def deploy(app: Path, run_config: Mapping[str, Any], options: argparse.Namespace) -> None:
-    """One run in the Deployment Runtime: a SuperNode a part, each with its own directory."""
+    """Run the app once in Flower's Deployment Runtime.
+
+    The text is divided into one directory for each client, and each SuperNode is given its own.
+    """
     corpus = str(run_config.get("corpus", "auto"))
     text = load_corpus("auto" if corpus == NO_CORPUS else corpus)
     with _temporary_federation() as federation:
@@ -302,7 +341,7 @@ def deploy(app: Path, run_config: Mapping[str, Any], options: argparse.Namespace
             federation.run(app, run_config)
         finally:
             for name in names:
-                print(f"--- log of {name}\n{federation.told(name)}", flush=True)
+                print(f"--- log of {name}\n{federation.log_summary(name)}", flush=True)
 
 
 @contextmanager
@@ -315,62 +354,79 @@ def _temporary_federation() -> Iterator[Federation]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; the exit status is 0 only if the run completed."""
-    parser = argparse.ArgumentParser(prog="python -m nanogpt_flower.local")
-    parser.add_argument("runtime", choices=("simulate", "deploy"))
-    parser.add_argument("arguments", nargs="*", metavar="[preset] key=value")
-    parser.add_argument("--app", type=Path, required=True, help="the app's directory")
-    parser.add_argument("--num-clients", type=int, default=2, help="at least 1 (2)")
-    parser.add_argument("--cpus", type=int, help="simulate: cores of a client (1)")
-    parser.add_argument("--gpus", type=float, help="simulate: a client's share of a GPU (0)")
+    """Run the app once. The exit status is 0 only if the run completed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanogpt_flower.local",
+        description="Run the app once in a Flower federation on this machine.",
+    )
+    parser.add_argument(
+        "runtime", choices=("simulate", "deploy"), help="simulated clients, or real SuperNodes"
+    )
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="[preset] key=value",
+        help="a preset (default: quick; full is the app's defaults), then settings",
+    )
+    parser.add_argument("--app", type=Path, required=True, help="directory of the app")
+    parser.add_argument("--num-clients", type=int, default=2, help="number of clients (default: 2)")
+    parser.add_argument(
+        "--cpus", type=int, help="simulate only: CPU cores of each client (default: 1)"
+    )
+    parser.add_argument(
+        "--gpus", type=float, help="simulate only: share of a GPU of each client (default: 0)"
+    )
     options = parser.parse_intermixed_args(argv)
-    if wrong := wrong_size(options):
-        parser.error(wrong)
-    preset = "quick"
-    overrides: list[str] = options.arguments
-    if overrides and "=" not in overrides[0]:
-        preset, *overrides = overrides
-    for ending in ENDING_SIGNALS:
-        signal.signal(ending, _interrupt)
     try:
-        config = read_run_config(options.app, preset, overrides)
-        config.setdefault("output-dir", "runs")
-        for key in ("output-dir", "resume-from", "client-state"):  # the SuperLink is elsewhere
-            if config.get(key):
-                config[key] = str(Path(config[key]).expanduser().resolve())
-        config.setdefault("min-clients", options.num_clients)
-        check(config, options.num_clients)
+        check_resources(options)
+    except ValueError as error:
+        parser.error(str(error))
+    for number in ENDING_SIGNALS:
+        signal.signal(number, _interrupt)
+    try:
+        run_config = read_run_config(options.app, options.arguments)
+        run_config.setdefault("min-clients", options.num_clients)
+        make_paths_absolute(run_config)
+        check_run_config(run_config, options.num_clients)
         run = simulate if options.runtime == "simulate" else deploy
-        run(options.app, config, options)
+        run(options.app, run_config, options)
     except (LocalRunError, ValueError) as error:
         print(f"{options.runtime}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{options.runtime}: interrupted; every process has ended", file=sys.stderr)
+        print(f"{options.runtime}: interrupted; all processes have been stopped", file=sys.stderr)
         return 130
     return 0
 
 
-def wrong_size(options: argparse.Namespace) -> str:
-    """What is wrong with the number of clients and their shares of this machine, if anything."""
-    if options.num_clients < 1:
-        return f"--num-clients is {options.num_clients}; it must be at least 1"
+def check_resources(options: argparse.Namespace) -> None:
+    """Check the number of clients and their shares of this machine's cores and GPUs.
+
+    Raises:
+        ValueError: if this machine cannot give them. The message names the option.
+    """
+    clients, cpus, gpus = options.num_clients, options.cpus, options.gpus
+    if clients < 1:
+        raise ValueError(f"--num-clients is {clients}; it must be at least 1")
     if options.runtime == "deploy":
-        given = [name for name in ("cpus", "gpus") if getattr(options, name) is not None]
-        return f"--{given[0]} is for simulate; SuperNodes share this machine" if given else ""
-    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
-    if options.cpus is not None and not 1 <= options.cpus <= cores:
-        return f"--cpus is {options.cpus}; it must be from 1 to {cores}, this machine's cores"
-    if options.gpus is not None and not 0 <= options.gpus <= gpus:
-        return (
-            f"--gpus is {options.gpus:g}; it must be from 0 to {gpus}, the GPUs that PyTorch finds"
+        for name, value in {"--cpus": cpus, "--gpus": gpus}.items():
+            if value is not None:
+                raise ValueError(f"{name} is for simulate; with deploy, SuperNodes share the cores")
+    num_cores, num_gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    if cpus is not None and not 1 <= cpus <= num_cores:
+        raise ValueError(
+            f"--cpus is {cpus}; it must be from 1 to {num_cores}, this machine's number of cores"
         )
-    return ""
+    if gpus is not None and not 0 <= gpus <= num_gpus:
+        raise ValueError(
+            f"--gpus is {gpus:g}; it must be from 0 to {num_gpus}, the number of GPUs that PyTorch "
+            "finds"
+        )
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    for ending in ENDING_SIGNALS:  # a second Ctrl-C must not stop the clearing up
-        signal.signal(ending, signal.SIG_IGN)
+    for number in ENDING_SIGNALS:  # a second Ctrl-C must not interrupt the stopping of processes
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

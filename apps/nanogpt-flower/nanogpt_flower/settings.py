@@ -1,136 +1,276 @@
-"""The run config as one typed, validated dataclass; every key of `pyproject.toml` is here."""
+"""The settings of a run. This file alone defines their keys, defaults, ranges and descriptions.
 
+`python -m nanogpt_flower.settings` prints them as the table that the app's README shows.
+"""
+
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from typing import Any
-
-from flower_adapter.compress import CodecError, codec
 
 Value = bool | int | float | str
 
 
 class SettingsError(ValueError):
-    """Run-config values that cannot work; the message names each key, its value and what may be."""
+    """Settings that cannot work. The message names each key, its value and the allowed values."""
 
 
-def _key(default: Value, allowed: str, check: Callable[[Any], bool]) -> Any:
-    return field(default=default, metadata={"allowed": allowed, "check": check})
+def _setting(
+    default: Value, description: str, allowed: str, is_allowed: Callable[[Any], bool]
+) -> Any:
+    metadata = {"description": description, "allowed": allowed, "is_allowed": is_allowed}
+    return field(default=default, metadata=metadata)
 
 
-def _count(default: int, *, least: int = 1) -> Any:
-    return _key(default, f"a whole number of at least {least}", lambda value: value >= least)
+def _whole_number(default: int, description: str, *, least: int) -> Any:
+    allowed = f"a whole number of at least {least}"
+    return _setting(default, description, allowed, lambda value: value >= least)
 
 
-def _choice(default: str, *choices: str) -> Any:
-    return _key(default, " or ".join(f'"{choice}"' for choice in choices), choices.__contains__)
+def _choice(default: str, description: str, *choices: str) -> Any:
+    *others, last = [f'"{choice}"' for choice in choices]
+    allowed = f"{', '.join(others)} or {last}"
+    return _setting(default, description, allowed, choices.__contains__)
 
 
-def _codec(default: str) -> Any:
-    def known(name: str) -> bool:
-        try:
-            codec(name)
-        except CodecError:
-            return False
-        return True
-
-    return _key(default, '"fp32", "bf16", "int8", "int4", "2-bit", "top-k" or "top-k:0.01"', known)
-
-
-def _text(default: str, allowed: str, *, least: int = 1) -> Any:
-    return _key(default, allowed, lambda value: len(value) >= least)
+def _text(default: str, description: str, allowed: str, *, may_be_empty: bool = False) -> Any:
+    return _setting(default, description, allowed, lambda value: may_be_empty or value != "")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `flwr run --run-config` can set, in kebab case there."""
+    """The settings of a run, checked. Each field is a key of `--run-config` in snake case."""
 
-    num_server_rounds: int = _count(5)
-    local_epochs: int = _count(1)
-    max_steps: int = _count(50, least=0)
-    learning_rate: float = _key(
-        1e-3, "a number above 0 and at most 1", lambda value: 0.0 < value <= 1.0
+    num_server_rounds: int = _whole_number(
+        5, "Number of rounds of training and averaging.", least=1
     )
-    warmup_steps: int = _count(20, least=0)
-    optimizer: str = _choice("adamw", "adamw", "muon")
-    batch_size: int = _count(64)
-    block_size: int = _count(256)
-    n_layer: int = _count(6)
-    n_head: int = _count(6)
-    n_embd: int = _count(384)
-    dropout: float = _key(
-        0.2, "a number of at least 0 and less than 1", lambda value: 0.0 <= value < 1.0
+    local_epochs: int = _whole_number(
+        1,
+        "Passes of a client over its text in each round. `max-steps` can cut them short.",
+        least=1,
     )
-    seed: int = _key(1337, "a whole number from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
+    max_steps: int = _whole_number(
+        50,
+        "Largest number of optimizer steps of a client in each round. 0 means no limit.",
+        least=0,
+    )
+    learning_rate: float = _setting(
+        1e-3,
+        "Learning rate of the clients' optimizer after the warm-up.",
+        "a number above 0 and at most 1",
+        lambda value: 0.0 < value <= 1.0,
+    )
+    warmup_steps: int = _whole_number(
+        20,
+        "First steps of a client, in which its learning rate rises from 0. "
+        "The count goes on from round to round.",
+        least=0,
+    )
+    optimizer: str = _choice(
+        "adamw",
+        'Optimizer of the clients. With "muon", Muon trains the hidden matrices and AdamW trains '
+        "the rest. A client keeps the optimizer's state between rounds.",
+        "adamw",
+        "muon",
+    )
+    batch_size: int = _whole_number(64, "Number of windows of text in a batch.", least=1)
+    block_size: int = _whole_number(256, "Number of characters in a window of text.", least=1)
+    n_layer: int = _whole_number(6, "Number of Transformer blocks in the model.", least=1)
+    n_head: int = _whole_number(6, "Number of attention heads in each block.", least=1)
+    n_embd: int = _whole_number(
+        384, "Number of channels of the model. `n-head` must divide this number.", least=1
+    )
+    dropout: float = _setting(
+        0.2,
+        "Dropout rate on embeddings and residual branches.",
+        "a number of at least 0 and less than 1",
+        lambda value: 0.0 <= value < 1.0,
+    )
+    seed: int = _setting(
+        1337,
+        "Seed for the first weights, the batches, dropout, the choice of clients and the sample.",
+        "a whole number from 0 to 4294967295",
+        lambda value: 0 <= value < 2**32,
+    )
     corpus: str = _text(
         "auto",
-        '"auto", "tiny-shakespeare", "nine-plays", "plays", "none", or the path of a UTF-8 text',
+        'Text to train on. "auto" is Tiny Shakespeare if it can be had, else nine plays. '
+        'With "none" the server has no text, and each client has its own.',
+        '"auto", "tiny-shakespeare", "nine-plays", "plays", "none", or the path of a UTF-8 text '
+        "or of a directory of such texts",
     )
-    device: str = _text("auto", '"auto", "cpu", "cuda" or "mps"')
-    precision: str = _choice("auto", "auto", "fp32", "bf16")
-    compile: str = _choice("auto", "auto", "on", "off")
-    fraction_train: float = _key(
-        1.0, "a number above 0 and at most 1", lambda value: 0.0 < value <= 1.0
+    device: str = _text(
+        "auto",
+        'Device of the server and of each client. "auto" is a GPU if PyTorch finds one, else the '
+        "CPU.",
+        '"auto", "cpu", "cuda" or "mps"',
     )
-    fraction_evaluate: float = _key(
-        1.0, "a number of at least 0 and at most 1", lambda value: 0.0 <= value <= 1.0
+    precision: str = _choice(
+        "auto",
+        'Number format of the computation. "auto" is bf16 if the hardware supports it, else fp32.',
+        "auto",
+        "fp32",
+        "bf16",
     )
-    min_clients: int = _count(2)
-    min_replies: int = _count(1)
-    max_failed_rounds: int = _count(3)
-    round_timeout: float = _key(
-        0.0, "a number of seconds of at least 0", lambda value: 0.0 <= value < 1e9
+    compile: str = _choice("auto", 'Use of `torch.compile`. "auto" is "off".', "auto", "on", "off")
+    fraction_train: float = _setting(
+        1.0,
+        "Fraction of the connected clients that train in each round.",
+        "a number above 0 and at most 1",
+        lambda value: 0.0 < value <= 1.0,
     )
-    outer_learning_rate: float = _key(
-        1.0, "a number above 0 and at most 10", lambda value: 0.0 < value <= 10.0
+    fraction_evaluate: float = _setting(
+        1.0,
+        "Fraction of the connected clients that evaluate the model in each round.",
+        "a number of at least 0 and at most 1",
+        lambda value: 0.0 <= value <= 1.0,
     )
-    outer_momentum: float = _key(
-        0.0, "a number of at least 0 and less than 1", lambda value: 0.0 <= value < 1.0
+    min_clients: int = _whole_number(
+        2, "Number of clients that must be connected before the first round.", least=1
     )
-    uplink: str = _codec("fp32")
-    downlink: str = _codec("fp32")
-    keep_checkpoints: int = _count(3)
-    resume_from: str = _text("", "the directory of a run that was cut off", least=0)
-    client_state: str = _text("", "a directory that can be written", least=0)
-    sample_tokens: int = _count(500, least=0)
-    sample_prompt: str = _text("", "a text of characters of the vocabulary", least=0)
-    temperature: float = _key(0.8, "a number of at least 0", lambda value: 0.0 <= value < 1e6)
-    top_k: int = _count(0, least=0)
-    output_dir: str = _text("runs", "a directory that can be written")
+    min_replies: int = _whole_number(
+        1,
+        "Number of good replies that a round needs. With fewer, the round fails and the model "
+        "stays as it was. This number must be at most `min-clients`.",
+        least=1,
+    )
+    max_failed_rounds: int = _whole_number(
+        3, "Number of failed rounds in a row after which the run fails.", least=1
+    )
+    round_timeout: float = _setting(
+        0.0,
+        "Seconds for which the server waits for replies in each round. 0 means no limit.",
+        "a finite number of at least 0",
+        lambda value: isfinite(value) and value >= 0.0,
+    )
+    outer_learning_rate: float = _setting(
+        1.0,
+        "Learning rate of the server's step from the old model towards the clients' average. "
+        "DiLoCo uses 0.7.",
+        "a number above 0 and at most 10",
+        lambda value: 0.0 < value <= 10.0,
+    )
+    outer_momentum: float = _setting(
+        0.0,
+        "Nesterov momentum of the server's step. DiLoCo uses 0.9.",
+        "a number of at least 0 and less than 1",
+        lambda value: 0.0 <= value < 1.0,
+    )
+    uplink: str = _text(
+        "fp32",
+        "Codec of the arrays that clients send to the server.",
+        'the name of a codec: "fp32", "bf16", "int8", "int4", "2-bit", "top-k" or "top-k:0.05"',
+    )
+    downlink: str = _text(
+        "fp32",
+        "Codec of the arrays that the server sends to clients.",
+        "the name of a codec, as for `uplink`",
+    )
+    keep_checkpoints: int = _whole_number(
+        3, "Number of newest checkpoints to keep. The best checkpoint is kept too.", least=1
+    )
+    resume_from: str = _text(
+        "",
+        "Directory of a run to continue from its newest checkpoint. "
+        "If it is empty, a new run starts.",
+        "the directory of a run, or empty",
+        may_be_empty=True,
+    )
+    client_state: str = _text(
+        "",
+        "Directory where simulated clients keep their state on disk for a later resume. "
+        "If it is empty, nothing is kept on disk.",
+        "a directory that can be written, or empty",
+        may_be_empty=True,
+    )
+    sample_tokens: int = _whole_number(
+        500,
+        "Number of characters in the sample that the server writes after the last round.",
+        least=0,
+    )
+    sample_prompt: str = _text(
+        "",
+        "Start of the sample. If it is empty, the sample starts with a line break.",
+        "a text of characters that the corpus has, or empty",
+        may_be_empty=True,
+    )
+    temperature: float = _setting(
+        0.8,
+        "Temperature of the sample. 0 always takes the likeliest character.",
+        "a finite number of at least 0",
+        lambda value: isfinite(value) and value >= 0.0,
+    )
+    top_k: int = _whole_number(
+        0, "Number of likeliest characters to draw the sample from. 0 means all.", least=0
+    )
+    output_dir: str = _text(
+        "runs",
+        "Directory in which each run creates its own directory. "
+        "A relative path is relative to the directory where the SuperLink was started.",
+        "a directory that can be written",
+    )
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Value]) -> "Settings":
-        """Check every key at once.
+        """Check a run config and convert it. Settings that are not in it keep their defaults.
 
         Raises:
-            SettingsError: naming each bad key, its value and what is allowed.
+            SettingsError: if a key or a value is bad. The message names all of them.
         """
-        values, wrong = {}, []
-        known = {item.name.replace("_", "-"): item for item in fields(cls)}
+        known = {_key(item.name): item for item in fields(cls)}
+        values: dict[str, Any] = {}
+        problems: list[str] = []
         for key, value in run_config.items():
             if key not in known:
-                wrong.append(f"{key} is no setting of this app")
+                problems.append(f"{key} is not a setting of this app")
                 continue
             item = known[key]
             if item.type is float and type(value) is int:
                 value = float(value)
-            if type(value) is not item.type or not item.metadata["check"](value):
-                wrong.append(f"{key} is {value!r}; it must be {item.metadata['allowed']}")
-            values[item.name] = value
-        if wrong:
-            raise SettingsError("; ".join(wrong))
-        settings = cls(**values)  # type: ignore[arg-type]
-        if settings.n_embd % settings.n_head:
-            raise SettingsError(
-                f"n-embd is {settings.n_embd}; it must be divisible by n-head, which is "
-                f"{settings.n_head}"
-            )
-        if settings.min_replies > settings.min_clients:
-            raise SettingsError(
-                f"min-replies is {settings.min_replies}; it must be at most min-clients, which is "
-                f"{settings.min_clients}"
-            )
+            if type(value) is item.type and item.metadata["is_allowed"](value):
+                values[item.name] = value
+            else:
+                problems.append(f"{key} is {value!r}; it must be {item.metadata['allowed']}")
+        if not problems:
+            settings = cls(**values)
+            problems = settings._contradictions()
+        if problems:
+            raise SettingsError("; ".join(problems))
         return settings
 
+    def _contradictions(self) -> list[str]:
+        """Describe each pair of settings that cannot work together."""
+        found = []
+        if self.n_embd % self.n_head:
+            found.append(
+                f"n-embd is {self.n_embd}; it must be divisible by n-head, which is {self.n_head}"
+            )
+        if self.min_replies > self.min_clients:
+            found.append(
+                f"min-replies is {self.min_replies}; it must be at most min-clients, which is "
+                f"{self.min_clients}"
+            )
+        return found
+
     def to_run_config(self) -> dict[str, Value]:
-        """All settings under their run-config keys."""
-        return {name.replace("_", "-"): value for name, value in asdict(self).items()}
+        """Return every setting under its key of `--run-config`."""
+        return {_key(name): value for name, value in asdict(self).items()}
+
+
+def _key(field_name: str) -> str:
+    return field_name.replace("_", "-")
+
+
+def markdown_table() -> str:
+    """Return a table of all settings, in Markdown."""
+    lines = ["| key | default | allowed | description |", "|---|---|---|---|"]
+    for item in fields(Settings):
+        default = json.dumps(item.default)
+        allowed, description = item.metadata["allowed"], item.metadata["description"]
+        lines.append(f"| `{_key(item.name)}` | `{default}` | {allowed} | {description} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown_table())

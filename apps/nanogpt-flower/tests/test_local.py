@@ -1,5 +1,6 @@
-"""What is refused before any program of Flower starts."""
+"""Checks that `nanogpt_flower.local` makes before it starts any program of Flower."""
 
+import argparse
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,91 +9,167 @@ from typing import Any
 import pytest
 
 from nanogpt_flower import local
+from nanogpt_flower.settings import Settings
 
 MORE_THAN_HERE = 1_000_000
+RUNTIMES = ["simulate", "deploy"]
 
 
 @pytest.fixture(autouse=True)
-def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("simulate", "deploy"):
-        monkeypatch.setattr(local, name, lambda *_: pytest.fail("a federation was started"))
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """The run configs of the runs that `main` started. The runs themselves are replaced."""
+    run_configs: list[dict[str, Any]] = []
+
+    def record(app: Path, run_config: dict[str, Any], options: argparse.Namespace) -> None:
+        run_configs.append(run_config)
+
+    for name in RUNTIMES:
+        monkeypatch.setattr(local, name, record)
     handlers = {number: signal.getsignal(number) for number in local.ENDING_SIGNALS}
-    yield
+    yield run_configs
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 @pytest.fixture
 def arguments(app_directory: Path, text_file: Path, tmp_path: Path) -> list[str]:
-    settings = {"corpus": text_file, "block-size": 16, "output-dir": tmp_path / "runs"}
-    return [*(f"{key}={value}" for key, value in settings.items()), "--app", str(app_directory)]
+    """Options and overrides that fit on this machine."""
+    overrides = {"corpus": text_file, "block-size": 16, "output-dir": tmp_path / "runs"}
+    pairs = [f"{key}={value}" for key, value in overrides.items()]
+    return ["--app", str(app_directory), "full", *pairs]
 
 
-@pytest.mark.parametrize("runtime", ["simulate", "deploy"])
+@pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "problem"),
     [
-        ("n-layers=3", "n-layers is no setting of this app"),
+        ("n-layers=3", "n-layers is not a setting of this app"),
         ("n-head=5", "n-embd is 384; it must be divisible by n-head, which is 5"),
         ("batch-size=0", "batch-size is 0; it must be a whole number of at least 1"),
-        ("corpus=hamlet", "corpus 'hamlet' is neither 'auto'"),
+        ("corpus=hamlet", "corpus 'hamlet'"),
         ("device=gpu", "device is 'gpu'"),
         ("sample-prompt=#", "sample-prompt is '#'"),
-        ("block-size=400", "the text allows at most 1 clients"),
+        ("block-size=400", "block-size 400"),
         ("n-layer", "the override is 'n-layer'; it must be key=value"),
+        ("=3", "the override is '=3'; it must be key=value"),
+        ("resume-from=/nowhere", "resume-from is '/nowhere'; it must be the directory of a run"),
+        ("resume-from=3", "resume-from is 3; it must be the directory of a run"),
+        ("client-state=~nobody-has-this-name", "client-state is '~nobody-has-this-name'"),
     ],
 )
-def test_what_cannot_work_is_one_line(
+def test_a_bad_setting_is_explained_in_one_line_before_anything_starts(
     runtime: str,
     override: str,
-    told: str,
+    problem: str,
     arguments: list[str],
+    started: list[dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert local.main([runtime, "full", *arguments[:-2], override, *arguments[-2:]]) == 1
+    assert local.main([runtime, *arguments, override]) == 1
     message = capsys.readouterr().err
     assert message.startswith(f"{runtime}: error: ")
-    assert told in message
+    assert problem in message
     assert message.count("\n") == 1
+    assert started == []
 
 
-def test_an_output_that_cannot_be_written_is_one_line(
+def test_an_unknown_preset_is_refused_with_the_known_ones(
+    app_directory: Path, started: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert local.main(["simulate", "--app", str(app_directory), "fast"]) == 1
+    message = capsys.readouterr().err
+    assert message == "simulate: error: the preset is 'fast'; it must be one of full, quick\n"
+    assert started == []
+
+
+def test_an_output_directory_that_is_a_file_is_refused_and_kept(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "runs").write_text("mine")
-    assert local.main(["simulate", "full", *arguments]) == 1
+    assert local.main(["simulate", *arguments]) == 1
     assert "must be a directory that can be written" in capsys.readouterr().err
     assert (tmp_path / "runs").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
-    ("runtime", "options", "told"),
+    ("runtime", "options", "problem"),
     [
         ("simulate", ["--num-clients", "0"], "--num-clients is 0; it must be at least 1"),
         ("simulate", ["--cpus", str(MORE_THAN_HERE)], f"--cpus is {MORE_THAN_HERE}"),
         ("simulate", ["--cpus", "0"], "--cpus is 0; it must be from 1 to"),
         ("simulate", ["--gpus", "1000"], "--gpus is 1000; it must be from 0 to"),
         ("simulate", ["--gpus", "-1"], "--gpus is -1; it must be from 0 to"),
+        ("simulate", ["--gpus", "nan"], "--gpus is nan; it must be from 0 to"),
         ("deploy", ["--gpus", "0.5"], "--gpus is for simulate"),
         ("deploy", ["--cpus", "1"], "--cpus is for simulate"),
     ],
 )
-def test_a_share_that_this_machine_cannot_give_is_named(
+def test_resources_that_this_machine_does_not_have_are_refused(
     runtime: str,
     options: list[str],
-    told: str,
+    problem: str,
     arguments: list[str],
+    started: list[dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        local.main([runtime, "full", *arguments, *options])
-    assert told in capsys.readouterr().err
+        local.main([runtime, *arguments, *options])
+    assert problem in capsys.readouterr().err
+    assert started == []
 
 
-def test_all_clients_must_have_joined_before_the_first_round(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+def test_the_first_round_waits_for_all_clients(
+    arguments: list[str], started: list[dict[str, Any]]
 ) -> None:
-    started: list[Any] = []
-    monkeypatch.setattr(local, "simulate", lambda _, config, options: started.append(config))
-    assert local.main(["simulate", "full", *arguments, "--num-clients", "3"]) == 0
-    assert started[0]["min-clients"] == 3
+    assert local.main(["simulate", *arguments, "--num-clients", "3"]) == 0
+    assert local.main(["simulate", *arguments, "--num-clients", "3", "min-clients=2"]) == 0
+    assert [run_config["min-clients"] for run_config in started] == [3, 2]
+
+
+def test_overrides_change_the_preset_and_shells_may_remove_their_quotes(
+    arguments: list[str], started: list[dict[str, Any]]
+) -> None:
+    quick = ["quick" if argument == "full" else argument for argument in arguments]
+    overrides = ["dropout=0.1", "optimizer=adamw", 'uplink="2-bit"', "sample-prompt=my lord"]
+    assert local.main(["simulate", *quick, *overrides]) == 0
+    settings = Settings.from_run_config(started[0])
+    assert (settings.n_layer, settings.max_steps) == (4, 200)  # of the preset
+    assert (settings.dropout, settings.optimizer) == (0.1, "adamw")
+    assert (settings.uplink, settings.sample_prompt) == ("2-bit", "my lord")
+
+
+def test_the_quick_preset_is_used_if_none_is_named(
+    app_directory: Path, arguments: list[str], started: list[dict[str, Any]]
+) -> None:
+    arguments.remove("full")
+    assert local.main(["simulate", *arguments]) == 0
+    assert Settings.from_run_config(started[0]).n_layer == 4
+
+
+def test_paths_become_absolute(
+    arguments: list[str],
+    text_file: Path,
+    tmp_path: Path,
+    started: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The SuperLink works in another directory than the user."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_bytes(text_file.read_bytes())
+    relative = ["corpus=mine.txt", "output-dir=out", "client-state=clients"]
+    assert local.main(["simulate", *arguments, *relative]) == 0
+    expected = {"corpus": "mine.txt", "output-dir": "out", "client-state": "clients"}
+    for key, name in expected.items():
+        assert started[0][key] == str(tmp_path / name)
+
+
+def test_the_name_of_a_corpus_is_not_taken_for_a_path(
+    arguments: list[str],
+    tmp_path: Path,
+    started: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none").mkdir()
+    assert local.main(["simulate", *arguments, "corpus=none"]) == 0
+    assert started[0]["corpus"] == "none"
