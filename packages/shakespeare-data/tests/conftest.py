@@ -1,4 +1,4 @@
-"""A local mirror, and an environment in which no test reaches the user's cache or the internet."""
+"""Fixtures: corpora, a local mirror, and an empty cache. No test reaches the internet."""
 
 import socket
 import threading
@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from shakespeare_data import Corpus
+from shakespeare_data import Corpus, sources
 
-# A busy machine is not a failure.
+# A slow test on a busy machine is not a failure.
 settings.register_profile("any pace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any pace")
 
 VERSES = "".join(f"Speaker {i % 7}:\nline {i} of a play that nobody wrote\n\n" for i in range(400))
 
-# Three plays of unequal length, whose roles speak in letters of their own.
+# Three plays of unequal length. Each role speaks in letters of its own.
 FOLIO_SPEECHES = {
     "Long": [("ANN", "aaaa bc"), ("BOB", "bbbb ca"), ("CAT", "cccc")] * 60,
     "Middle": [("ANN", "dddd"), ("DAN", "eeee ab")] * 40,
@@ -30,7 +30,7 @@ FOLIO_SPEECHES = {
 
 @pytest.fixture(scope="session")
 def make_corpus() -> Callable[..., Corpus]:
-    """`make_corpus(text=…)`: a corpus of any text."""
+    """A function that makes a corpus of any text."""
 
     def make(text: str = VERSES) -> Corpus:
         digest = sha256(text.encode()).hexdigest()
@@ -40,8 +40,14 @@ def make_corpus() -> Callable[..., Corpus]:
 
 
 @pytest.fixture(scope="session")
+def verses(make_corpus: Callable[..., Corpus]) -> Corpus:
+    """A corpus without plays: 400 paragraphs of seven speakers."""
+    return make_corpus()
+
+
+@pytest.fixture(scope="session")
 def folio(make_corpus: Callable[..., Corpus]) -> Corpus:
-    """Three plays with seven roles, 300 speeches."""
+    """A corpus of three plays with seven roles and 300 speeches."""
     texts = {
         title: "".join(f"{speaker}:\n{line} {i}\n\n" for i, (speaker, line) in enumerate(speeches))
         for title, speeches in FOLIO_SPEECHES.items()
@@ -52,11 +58,11 @@ def folio(make_corpus: Callable[..., Corpus]) -> Corpus:
 
 
 class Mirror:
-    """An HTTP server on loopback; `answer` writes each response, `requests` counts them."""
+    """An HTTP server on loopback. `answer` writes each response, and `requests` counts them."""
 
     def __init__(self) -> None:
         self.requests = 0
-        self.released = threading.Event()  # those who were left waiting
+        self.released = threading.Event()  # lets the requests that hang come to an end
         self.answer: Callable[[BaseHTTPRequestHandler], object] = lambda _: None
         self._count = threading.Lock()
         mirror = self
@@ -74,7 +80,7 @@ class Mirror:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/input.txt"
 
     def serve(self, content: bytes, *, promised: int | None = None) -> None:
-        """Answer with `content`, announcing `promised` bytes."""
+        """Answer with `content`, and announce `promised` bytes."""
 
         def answer(handler: BaseHTTPRequestHandler) -> None:
             handler.send_response(200)
@@ -85,11 +91,13 @@ class Mirror:
         self.answer = answer
 
     def refuse(self, status: int) -> None:
+        """Answer with an HTTP error."""
         self.answer = lambda handler: handler.send_error(status)
 
 
 @pytest.fixture
 def mirror() -> Iterator[Mirror]:
+    """A running mirror."""
     mirror = Mirror()
     thread = threading.Thread(target=mirror.server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
@@ -101,7 +109,7 @@ def mirror() -> Iterator[Mirror]:
 
 @pytest.fixture
 def closed_url() -> str:
-    """An address on loopback where nobody listens."""
+    """An address on loopback where no server listens."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -109,7 +117,9 @@ def closed_url() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_of_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, closed_url: str) -> None:
+def _isolation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, closed_url: str) -> None:
+    """Give each test an empty cache, a mirror that refuses, and no pause before the second try."""
+    monkeypatch.setattr(sources, "_PAUSES", (0.0, 0.0))
     monkeypatch.setenv("SHAKESPEARE_DATA_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("SHAKESPEARE_DATA_URL", closed_url)
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -25,7 +25,7 @@ TOKENS = np.random.default_rng(0).integers(0, 65, 1000).astype(np.uint16)
 
 @st.composite
 def sizes(draw: st.DrawFn) -> tuple[int, int, int]:
-    """Tokens, batch and block sizes that fit."""
+    """Draw a number of tokens, a batch size and a block size that fit."""
     length = draw(st.integers(2, 300))
     return length, draw(st.integers(1, 12)), draw(st.integers(1, length - 1))
 
@@ -33,7 +33,7 @@ def sizes(draw: st.DrawFn) -> tuple[int, int, int]:
 def naive_windows(
     tokens: np.ndarray, batch_size: int, block_size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """nanoGPT's way: a slice a row, then a stack."""
+    """Draw windows as nanoGPT does: take one slice for each row, then stack the slices."""
     starts = rng.integers(len(tokens) - block_size, size=batch_size)
     x = np.stack([tokens[i : i + block_size].astype(np.int64) for i in starts])
     y = np.stack([tokens[i + 1 : i + 1 + block_size].astype(np.int64) for i in starts])
@@ -53,14 +53,14 @@ def test_sampled_windows_equal_a_stack_of_slices(size: tuple[int, int, int], see
     assert y.flags.c_contiguous
 
 
-def test_every_window_is_sampled_sooner_or_later() -> None:
+def test_every_window_can_be_sampled() -> None:
     tokens = np.arange(12, dtype=np.uint16)
     x, y = sample_windows(tokens, 1000, 4, np.random.default_rng(0))
     assert set(x[:, 0].tolist()) == set(range(8))
     assert set(y[:, -1].tolist()) == set(range(4, 12))
 
 
-def test_batches_are_tensors_of_the_windows_in_the_generators_order() -> None:
+def test_batches_are_the_windows_that_a_seeded_generator_draws() -> None:
     batches = Batches(TOKENS, 8, 16, seed=(1, 2))
     rng = np.random.default_rng(np.random.SeedSequence(1, spawn_key=(2,)))
     for _ in range(3):
@@ -73,7 +73,7 @@ def test_batches_are_tensors_of_the_windows_in_the_generators_order() -> None:
         assert y.view(-1).shape == (128,)
 
 
-def test_a_list_is_no_array() -> None:
+def test_a_list_is_refused() -> None:
     with pytest.raises(DataError, match="tokens must be a numpy array, it is list"):
         Batches([1, 2, 3, 4], 1, 2, seed=1)  # type: ignore[arg-type]
 
@@ -84,12 +84,12 @@ def test_batches_depend_on_each_number_of_the_seed() -> None:
         return x.tolist()
 
     assert first((3, 0, 1)) == first((3, 0, 1))
-    # numpy's SeedSequence takes those that differ by zeros at the end for one
+    # NumPy's SeedSequence alone would not tell (3,), (3, 0) and (3, 0, 0) apart.
     seeds = (3, (3, 0), (3, 0, 0), (3, 0, 1), (3, 1, 1), (3, 0, 2), (4, 0, 1))
     assert len({str(first(seed)) for seed in seeds}) == len(seeds)
 
 
-def test_an_epoch_is_not_the_first_of_another_seed() -> None:
+def test_a_later_epoch_differs_from_the_first_epoch_of_a_longer_seed() -> None:
     def order(seed: int | tuple[int, ...], epochs: int) -> list[list[int]]:
         batches = Batches(TOKENS, 4, 8, seed=seed, epochs=epochs, return_tensors="np")
         return [x.tolist() for x, _ in batches][-31:]
@@ -97,16 +97,9 @@ def test_an_epoch_is_not_the_first_of_another_seed() -> None:
     assert order(5, 3) != order((5, 2), 1)
 
 
-def test_sizes_of_numpy_make_a_state_for_json() -> None:
+def test_a_state_with_numpy_sizes_can_be_saved_as_json() -> None:
     batches = Batches(TOKENS, np.int64(4), np.int64(8), seed=np.uint32(1), epochs=np.int64(2))
     assert json.loads(json.dumps(batches.state_dict())) == batches.state_dict()
-
-
-@pytest.mark.parametrize("device", ["cuda", "no such device"])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA can be used here")
-def test_a_device_that_cannot_be_used_is_named_at_once(device: str) -> None:
-    with pytest.raises(DataError, match=f"device is '{device}', which torch cannot use here: "):
-        Batches(TOKENS, 4, 8, seed=1, device=device)
 
 
 def test_batches_from_a_memory_mapped_file_equal_those_from_memory(tmp_path: Path) -> None:
@@ -117,7 +110,7 @@ def test_batches_from_a_memory_mapped_file_equal_those_from_memory(tmp_path: Pat
         (x, y), (expected_x, expected_y) = next(pairs)
         assert torch.equal(x, expected_x)
         assert torch.equal(y, expected_y)
-        x.zero_()  # a batch is the caller's own; the file is read-only
+        x.zero_()  # the caller may change a batch, although the file is read-only
 
 
 @given(sizes(), st.integers(0, 2**32))
@@ -158,27 +151,25 @@ def test_endless_batches_have_no_length() -> None:
     seed=st.integers(0, 2**32),
     epochs=st.none() | st.integers(1, 3),
     taken=st.integers(0, 12),
-    device=st.sampled_from([None, "cpu"]),
 )
 def test_a_restored_state_continues_the_sequence(
-    size: tuple[int, int, int], seed: int, epochs: int | None, taken: int, device: str | None
+    size: tuple[int, int, int], seed: int, epochs: int | None, taken: int
 ) -> None:
     length, batch_size, block_size = size
 
-    def fresh(device: str | None) -> Batches:
-        tokens = TOKENS[:length]
-        return Batches(tokens, batch_size, block_size, seed=seed, epochs=epochs, device=device)
+    def fresh() -> Batches:
+        return Batches(TOKENS[:length], batch_size, block_size, seed=seed, epochs=epochs)
 
     def taken_from(batches: Batches, count: int) -> list[list[list[int]]]:
         return [x.tolist() for x, _ in islice(batches, count)]
 
-    whole = taken_from(fresh(None), taken + 20)
-    first = fresh(device)
+    whole = taken_from(fresh(), taken + 20)
+    first = fresh()
     assert taken_from(first, taken) == whole[:taken]
     state = json.loads(json.dumps(first.state_dict()))
     assert taken_from(first, 20) == whole[taken:]
-    second = fresh(device)
-    taken_from(second, 3)  # which the state undoes
+    second = fresh()
+    taken_from(second, 3)  # the state replaces this position
     second.load_state_dict(state)
     assert taken_from(second, 20) == whole[taken:]
 
@@ -192,11 +183,14 @@ def test_a_restored_state_continues_the_sequence(
         ({"seed": [2]}, r"has seed \[2\], these have \[1\]"),
         ({"epochs": None}, "has epochs None, these have 1"),
         ({"version": 2}, "has version 2, these have 1"),
-        ({"drawn": -1}, "drawn .* from 0 to 31, it is -1"),
-        ({"drawn": 32}, "drawn .* from 0 to 31, it is 32"),
+        ({"drawn": -1}, "drawn .* at least 0 and at most 31, it is -1"),
+        ({"drawn": 32}, "drawn .* at least 0 and at most 31, it is 32"),
         ({"drawn": "all"}, "drawn .* it is 'all'"),
-        ({"rng": {"bit_generator": "MT19937"}}, "rng of the state of batches is no PCG64's"),
-        ({"more": 1}, "lacking or unknown: more"),
+        (
+            {"rng": {"bit_generator": "MT19937"}},
+            "rng in the state of batches is not the state of a PCG64",
+        ),
+        ({"more": 1}, "missing or unknown: more"),
     ],
 )
 def test_a_state_of_other_batches_is_refused_and_changes_nothing(
@@ -208,12 +202,12 @@ def test_a_state_of_other_batches_is_refused_and_changes_nothing(
     assert next(batches)[0].tolist() == next(untouched)[0].tolist()
 
 
-def test_a_state_that_is_no_state_is_refused() -> None:
+def test_a_state_that_is_not_a_dict_is_refused() -> None:
     with pytest.raises(DataError, match="must be a dict, it is list"):
         Batches(TOKENS, 4, 8, seed=1).load_state_dict([])  # type: ignore[arg-type]
 
 
-def test_a_batch_is_the_callers_own() -> None:
+def test_a_later_batch_does_not_change_an_earlier_one() -> None:
     batches = Batches(TOKENS, 4, 8, seed=1, return_tensors="np")
     first, _ = next(batches)
     kept = first.copy()
@@ -241,7 +235,7 @@ def test_a_bin_is_mapped_by_its_path(tmp_path: Path) -> None:
     ("content", "message"),
     [(None, "cannot read .*train.bin"), (b"", "is empty"), (b"abc", "has 3 bytes, .* even number")],
 )
-def test_a_file_that_is_no_bin_is_named(
+def test_a_file_that_is_not_a_bin_is_named(
     tmp_path: Path, content: bytes | None, message: str
 ) -> None:
     path = tmp_path / "train.bin"
@@ -251,8 +245,8 @@ def test_a_file_that_is_no_bin_is_named(
         Batches(path, 1, 1, seed=1)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
-def test_a_large_mapped_file_gives_its_pages_back(
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux releases pages")
+def test_a_large_mapped_file_does_not_fill_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "train.bin"
@@ -261,7 +255,7 @@ def test_a_large_mapped_file_gives_its_pages_back(
     monkeypatch.setattr(module, "_RESIDENT_BYTES", 2**20)
 
     def resident(source: Path | np.ndarray) -> int:
-        """The most bytes of files that are resident after a batch, beyond those before."""
+        """Return the largest growth of resident file memory, in bytes, while batches are drawn."""
         before, most = module._resident_file_bytes(), 0
         batches = Batches(source, 1, 8, seed=1, return_tensors="np")
         for _ in range(5000):
@@ -269,7 +263,7 @@ def test_a_large_mapped_file_gives_its_pages_back(
             most = max(most, module._resident_file_bytes() - before)
         return most
 
-    changeable = np.memmap(path, "<u2", "c")  # whose pages must be kept
+    changeable = np.memmap(path, "<u2", "c")  # its pages may hold changes and must be kept
     assert resident(path) < 2**26 < resident(changeable)
 
 
@@ -278,13 +272,9 @@ def test_a_large_mapped_file_gives_its_pages_back(
     [
         ({"epochs": 0}, "epochs must be a whole number of at least 1, it is 0"),
         ({"return_tensors": "jax"}, "return_tensors must be 'pt' or 'np', it is 'jax'"),
-        (
-            {"return_tensors": "np", "device": "cuda"},
-            "device is 'cuda', which needs return_tensors='pt'",
-        ),
     ],
 )
-def test_options_that_do_not_exist_are_named(options: dict[str, Any], message: str) -> None:
+def test_an_option_out_of_range_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Batches(TOKENS, 1, 8, seed=1, **options)
 
@@ -328,7 +318,7 @@ CALLS = {
         (TOKENS.reshape(10, 100), 1, 8, r"of shape \(10, 100\)"),
     ],
 )
-def test_sizes_that_cannot_work_are_refused_at_the_call(
+def test_sizes_that_do_not_fit_are_refused_at_the_call(
     call: Call, tokens: np.ndarray, batch_size: int, block_size: int, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
@@ -336,8 +326,8 @@ def test_sizes_that_cannot_work_are_refused_at_the_call(
 
 
 @pytest.mark.parametrize("seed", [None, -1, (1, -1), "one", (), 1.5, (1, 2**32), [[1]]])
-def test_a_seed_that_is_none_is_refused(seed: int) -> None:
-    with pytest.raises(DataError, match="seed must be an integer of at least 0, or several"):
+def test_a_seed_out_of_range_is_refused(seed: int) -> None:
+    with pytest.raises(DataError, match="seed must be an integer of at least 0, or a sequence"):
         Batches(TOKENS, 1, 8, seed=seed)
 
 

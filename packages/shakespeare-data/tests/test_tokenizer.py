@@ -50,7 +50,7 @@ def test_unknown_characters_can_be_replaced(length: int, unknown: str) -> None:
 
 
 @given(texts, texts)
-def test_a_replacement_stands_for_every_character_outside(known: str, text: str) -> None:
+def test_a_replacement_stands_for_every_unknown_character(known: str, text: str) -> None:
     tokenizer = CharTokenizer.from_text(known)
     expected = "".join(c if c in known else known[0] for c in text)
     assert tokenizer.decode(tokenizer.encode(text, replacement=known[0])) == expected
@@ -62,7 +62,7 @@ def test_a_replacement_outside_the_vocabulary_is_refused(replacement: str) -> No
         CharTokenizer("abc").encode("abc", replacement=replacement)
 
 
-def test_an_unknown_character_far_into_a_text_is_named_with_its_place() -> None:
+def test_an_unknown_character_far_into_a_text_is_named_with_its_position() -> None:
     for text, place in (("a" * 200_000 + "é", 200_000), ("a" * 100_001 + "€a", 100_001)):
         with pytest.raises(DataError, match=f"at position {place} is not"):
             CharTokenizer("a").encode(text)
@@ -76,7 +76,7 @@ def test_a_tokenizer_survives_json(text: str) -> None:
     assert CharTokenizer.from_json(tokenizer.to_json()) == tokenizer
 
 
-def test_a_saved_tokenizer_is_json_of_a_known_form(tmp_path: Path) -> None:
+def test_a_saved_tokenizer_is_json_with_a_type_and_a_vocabulary(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     CharTokenizer.from_text("naïve €").save(path)
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -108,7 +108,7 @@ def test_a_vocabulary_of_all_16_bits_works_and_one_more_character_does_not() -> 
         CharTokenizer.from_text(full + "a")
 
 
-def test_an_unknown_character_is_named_with_its_place_and_the_vocabulary() -> None:
+def test_an_unknown_character_is_named_with_its_position_and_the_vocabulary() -> None:
     message = r"character 'é' \(U\+00E9\) at position 2 .* 3 characters 'abc'"
     with pytest.raises(DataError, match=message):
         CharTokenizer("abc").encode("abéc")
@@ -129,7 +129,7 @@ def test_characters_below_between_and_above_the_vocabulary_are_unknown(character
         ([[0, 1]], r"shape \(1, 2\)"),
     ],
 )
-def test_ids_that_stand_for_nothing_are_refused(ids: list[int], message: str) -> None:
+def test_ids_out_of_range_are_refused(ids: list[int], message: str) -> None:
     with pytest.raises(DataError, match=message):
         CharTokenizer("abc").decode(ids)
 
@@ -138,7 +138,7 @@ def test_ids_that_stand_for_nothing_are_refused(ids: list[int], message: str) ->
     ("text", "message"),
     [("", "at least one character"), ("ab\ud800", r"lone surrogate, U\+D800, at position 2")],
 )
-def test_texts_without_a_vocabulary_are_refused(text: str, message: str) -> None:
+def test_a_text_that_gives_no_vocabulary_is_refused(text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         CharTokenizer.from_text(text)
 
@@ -149,8 +149,8 @@ def test_encoding_a_surrogate_is_refused() -> None:
 
 
 @pytest.mark.parametrize("vocab", ["ba", "aa"])
-def test_a_vocabulary_out_of_order_is_refused(vocab: str) -> None:
-    with pytest.raises(DataError, match="sorted, each character once"):
+def test_a_vocabulary_that_is_not_sorted_is_refused(vocab: str) -> None:
+    with pytest.raises(DataError, match="sorted and have each character once"):
         CharTokenizer(vocab)
 
 
@@ -173,7 +173,7 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path: Path, content: bytes, messa
     assert str(path) in str(raised.value)
 
 
-def test_a_place_that_cannot_be_read_or_written_is_named(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_read_or_written_is_named(tmp_path: Path) -> None:
     path = tmp_path / "missing" / "tokenizer.json"
     with pytest.raises(DataError, match=r"cannot read the tokenizer .*missing"):
         CharTokenizer.load(path)

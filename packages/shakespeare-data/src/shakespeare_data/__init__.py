@@ -1,12 +1,8 @@
-"""Shakespeare as characters: corpus, tokenizer, contiguous parts, batches."""
+"""Shakespeare as training data: corpora, a character tokenizer, partitions and batches."""
 
 from importlib.metadata import version
 
-from shakespeare_data.batches import (
-    Batches,
-    sample_windows,
-    sequential_batches,
-)
+from shakespeare_data.batches import Batches, sample_windows, sequential_batches
 from shakespeare_data.corpus import CORPORA, Corpus, Split, load_corpus
 from shakespeare_data.errors import CorpusUnavailable, DataError
 from shakespeare_data.partition import SCHEMES, Partition, PartReport, partition

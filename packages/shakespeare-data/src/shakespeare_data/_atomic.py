@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Write files so that a reader never sees a half-written one."""
 
 import os
 import tempfile
@@ -7,26 +7,32 @@ from typing import BinaryIO
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a new file and wait until the disk has it. Raises `OSError`."""
+    """Write a new file and wait until the disk has stored it.
+
+    Raises `OSError` if the file exists already or cannot be written.
+    """
     with path.open("xb") as file:
-        _write_through(file, content)
+        _write_and_sync(file, content)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, then move into place. Raises `OSError`; what was there then stays."""
+    """Write a temporary file beside `path`, then rename it to `path`.
+
+    Raises `OSError` if the file cannot be written. An older file at `path` then stays as it was.
+    """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    beside = Path(name)
+    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            _write_through(file, content)
-        # mkstemp makes files that only their owner can read; a shared cache needs the usual rights.
-        beside.chmod(0o644)
-        beside.replace(path)
+            _write_and_sync(file, content)
+        # mkstemp lets only the owner read the file, but other users may share the cache.
+        temporary.chmod(0o644)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def _write_through(file: BinaryIO, content: bytes) -> None:
+def _write_and_sync(file: BinaryIO, content: bytes) -> None:
     file.write(content)
     file.flush()
     os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""`shakespeare-data`: look at a corpus, and divide it among the clients of a federation."""
+"""The command `shakespeare-data`: look at a corpus, and divide it among clients."""
 
 import argparse
 import io
@@ -31,9 +31,13 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 after an error that stderr explains."""
+    """Run the command and return its exit status: 0, or 2 after an error.
+
+    An error is printed to stderr in one line.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character of the text
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal may be unable to show a character of the text.
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
@@ -42,9 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"shakespeare-data: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # of stdout; those of files are DataErrors
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 or Python fails at its end again
-        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
+    except OSError as error:  # stdout cannot be written; errors of files are DataErrors
+        # Python writes to stdout once more when it exits, and that must not fail.
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe
             return 0
         print(f"shakespeare-data: error: cannot print: {error.strerror}", file=sys.stderr)
         return 2
@@ -67,15 +72,17 @@ def _parser() -> argparse.ArgumentParser:
             name, help=about, description=about, parents=parents, epilog=f"example: {example}"
         )
 
-    info = add("info", "say what a corpus is", "shakespeare-data info --corpus plays", corpus)
+    info = add("info", "describe a corpus", "shakespeare-data info --corpus plays", corpus)
     info.set_defaults(run=_info)
 
-    download = add("download", "fetch Tiny Shakespeare into the cache", "shakespeare-data download")
+    download = add(
+        "download", "download Tiny Shakespeare into the cache", "shakespeare-data download"
+    )
     download.set_defaults(run=_download)
 
     parts = add(
         "partition",
-        "divide a corpus: report it, and write it with --output",
+        "divide a corpus among clients, print a report, and write the parts with --output",
         "shakespeare-data partition --num-partitions 2 --output datasets",
         corpus,
         division,
@@ -83,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parts.add_argument(
         "--output",
         type=_path,
-        help="directory for shakespeare_part_0, ... and partition.json (else only a report)",
+        help="directory for shakespeare_part_0, ... and partition.json (default: only a report)",
     )
     parts.set_defaults(run=_partition)
 
@@ -93,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         "shakespeare-data show MENENIUS --play Coriolanus",
         corpus,
     )
-    show.add_argument("role", help="a speaker's name, in any case")
-    show.add_argument("--play", help="only from this play, where several have such a role")
+    show.add_argument("role", help="the name of a speaker, in upper or lower case")
+    show.add_argument("--play", help="the title of the play, if several plays have this role")
     show.set_defaults(run=_show)
 
     plot = add(
@@ -104,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         corpus,
         division,
     )
-    plot.add_argument("--output", type=_path, required=True, help="the PNG to write")
+    plot.add_argument("--output", type=_path, required=True, help="the PNG file to write")
     plot.set_defaults(run=_plot)
     return parser
 
@@ -115,39 +122,44 @@ def _corpus_options() -> argparse.ArgumentParser:
         "--corpus",
         default="auto",
         help="auto, tiny-shakespeare, nine-plays, plays, a UTF-8 text file or a directory of "
-        "*.txt (default: auto, Tiny Shakespeare or without network the nine plays)",
+        "*.txt (default: auto, which is Tiny Shakespeare, or the nine plays without a network)",
     )
     return options
 
 
 def _division_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--num-partitions", type=int, required=True, help="how many clients")
+    options.add_argument("--num-partitions", type=int, required=True, help="number of clients")
     options.add_argument(
-        "--scheme", choices=SCHEMES, default="contiguous", help="(default: contiguous)"
+        "--scheme", choices=SCHEMES, default="contiguous", help="default: contiguous"
     )
-    options.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    options.add_argument("--alpha", type=float, help="of dirichlet and quantity-skew (0.5)")
-    options.add_argument("--by", choices=["play", "speaker"], help="of dirichlet (play)")
-    options.add_argument("--window", type=int, help="characters, of iid and quantity-skew (1024)")
+    options.add_argument("--seed", type=int, default=0, help="default: 0")
+    options.add_argument(
+        "--alpha", type=float, help="for dirichlet and quantity-skew (default: 0.5)"
+    )
+    options.add_argument("--by", choices=["play", "speaker"], help="for dirichlet (default: play)")
+    options.add_argument(
+        "--window", type=int, help="characters, for iid and quantity-skew (default: 1024)"
+    )
     options.add_argument(
         "--min-characters",
         type=int,
         default=2,
-        help="that every client must have to train and to validate (default: 2)",
+        help="least training and least validation characters of each client (default: 2)",
     )
     options.add_argument(
         "--split",
         choices=["end", "play", "speech"],
-        help="what validates (default: end for contiguous, iid and quantity-skew, else speech)",
+        help="validate on the end of the text, on the last plays, or on every n-th speech "
+        "(default: end for contiguous, iid and quantity-skew, else speech)",
     )
-    options.add_argument("--validation-fraction", type=float, default=0.1, help="(default: 0.1)")
+    options.add_argument("--validation-fraction", type=float, default=0.1, help="default: 0.1")
     return options
 
 
 def _path(text: str) -> Path:
     if not text:
-        raise argparse.ArgumentTypeError("it is empty")
+        raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)
 
 
@@ -170,7 +182,7 @@ def _info(options: argparse.Namespace) -> None:
 def _download(_: argparse.Namespace) -> None:
     tiny = TinyShakespeare()
     content, source = tiny.read()
-    print(f"{tiny.path}: {len(content):,} bytes, SHA-256 as pinned ({source})")
+    print(f"{tiny.path}: {len(content):,} bytes, SHA-256 as expected ({source})")
 
 
 def _partition(options: argparse.Namespace) -> None:
@@ -179,7 +191,7 @@ def _partition(options: argparse.Namespace) -> None:
         divided.write(options.output)
     _print_report(divided)
     if options.output is None:
-        print("nothing was written; --output DIRECTORY writes the parts")
+        print("nothing was written; use --output DIRECTORY to write the parts")
     else:
         last = f" to shakespeare_part_{len(divided) - 1}" if len(divided) > 1 else ""
         print(f"written to {options.output}: shakespeare_part_0{last}")
@@ -196,7 +208,7 @@ def _show(options: argparse.Namespace) -> None:
     if not speeches:
         raise DataError(_no_such_role(corpus, options.role, options.play))
     if len(plays := list(dict.fromkeys(speech.play for speech in speeches))) > 1:
-        raise DataError(f"{options.role} speaks in {', '.join(plays)}; choose one with --play")
+        raise DataError(f"{options.role} is in {', '.join(plays)}; choose one with --play")
     for speech in speeches:
         print(f"[{_place(speech)}]\n{speech.text.rstrip()}\n")
 
@@ -204,7 +216,7 @@ def _show(options: argparse.Namespace) -> None:
 def _no_such_role(corpus: Corpus, role: str, play: str | None) -> str:
     titles = [title for _, title in corpus.titles] or [corpus.name]
     if play is not None and play.lower() not in map(str.lower, titles):
-        return f"{corpus.name} has no play {play!r}; it has {', '.join(titles)}"
+        return f"{corpus.name} has no play {play!r}; its plays are {', '.join(titles)}"
     roles = {
         speech.speaker
         for speech in corpus.speeches
@@ -213,7 +225,11 @@ def _no_such_role(corpus: Corpus, role: str, play: str | None) -> str:
     like = sorted(name for name in roles if role.lower() in name.lower())
     close = like or get_close_matches(role.upper(), roles)
     where = f"{corpus.name}{f', {play}' if play else ''}"
-    advice = f"; there is {', '.join(close)}" if close else f"; it has {len(roles)} roles"
+    advice = (
+        f"; similar names: {', '.join(close)}"
+        if close
+        else f"; none of its {len(roles)} is similar"
+    )
     return f"{where} has no role {role!r}{advice}"
 
 
@@ -252,7 +268,7 @@ def _print_report(divided: Partition) -> None:
     left_out = divided.left_out / len(divided.corpus.text)
     print(
         f"{divided.corpus.name}, {divided.scheme}: {left_out:.1%} of the text left out; divergence "
-        f"(Jensen-Shannon, bits) from the whole: median "
+        f"from the whole text (Jensen-Shannon, bits): median "
         f"{median(part.divergence for part in report):.5f}, "
         f"largest {max(part.divergence for part in report):.5f}"
     )

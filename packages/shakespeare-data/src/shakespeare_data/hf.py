@@ -1,4 +1,4 @@
-"""A corpus as a Hugging Face `Dataset`; needs the package `datasets` (extra `hf`)."""
+"""Convert a corpus to a Hugging Face `Dataset`. This needs the package `datasets` (extra `hf`)."""
 
 from typing import TYPE_CHECKING
 
@@ -10,10 +10,12 @@ if TYPE_CHECKING:
 
 
 def to_hf_dataset(corpus: Corpus) -> "datasets.Dataset":
-    """One row a speech, in order: `text`, `speaker`, `play`, `act` and `scene`, all strings.
+    """Return a dataset with one row for each speech, in order.
 
-    The texts, joined, are the corpus' text. The partitioners of `flwr_datasets` work on it, such as
-    `NaturalIdPartitioner(partition_by="play")`. Raises `DataError` if `datasets` is not installed.
+    The columns are `text`, `speaker`, `play`, `act` and `scene`, all strings. All texts, joined,
+    are the text of the corpus. The partitioners of `flwr_datasets` work on this dataset, for
+    example `NaturalIdPartitioner(partition_by="play")`. Raises `DataError` if `datasets` is not
+    installed.
     """
     try:
         import datasets

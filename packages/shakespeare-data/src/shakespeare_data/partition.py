@@ -1,7 +1,7 @@
-"""Who gets which part of a text: the schemes by which federated learning is tried.
+"""Divide a text among clients, by one of the schemes that are common in federated learning.
 
-A scheme says which stretches of the text each client has, for training and for validation. Parts
-are disjoint; what no client has is accounted for.
+A scheme gives each client stretches of the text, some for training and some for validation. No two
+clients share a character. `Partition.left_out` counts the characters that no client has.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from shakespeare_data.corpus import Corpus, Spans, SplitBy, merged, read_only
 from shakespeare_data.errors import DataError, whole_number
-from shakespeare_data.parts import FORMAT_VERSION, Part, ids_sha256, write_federation
+from shakespeare_data.parts import Origin, Part, make_part, write_federation
 from shakespeare_data.tokenizer import CharTokenizer
 
 Scheme = Literal["contiguous", "iid", "by-play", "by-speaker", "dirichlet", "quantity-skew"]
@@ -23,98 +23,97 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 GroupBy = Literal["play", "speaker"]
 
 WINDOW = 1024  # characters that stay together when a text is shuffled
-ALPHA = 0.5
-_EVEN = 1e9  # an alpha that makes all shares equal to nine digits
-_DRAWS = 100  # of a Dirichlet distribution, until no client has too little
-_NAMED_SIZES = 8  # smallest clients that an error names
+ALPHA = 0.5  # concentration of the Dirichlet distributions
+_MAX_ALPHA = 1e9  # at this value all shares are equal to nine digits
+_DRAWS = 100  # draws from a Dirichlet distribution before the best one is taken
+_NAMED_SIZES = 8  # an error names this many of the smallest clients
 
 
 @dataclass(frozen=True)
 class PartReport:
-    """What one client has."""
+    """The size and the variety of the part of one client.
+
+    `divergence` is the Jensen-Shannon divergence between the distribution of characters in this
+    part and in the whole text, from 0 to 1 bit.
+    """
 
     client: int
     train: int  # characters
     val: int  # characters
-    speakers: int  # roles of which it has something
-    plays: int
-    divergence: float  # Jensen-Shannon, in bits, 0 to 1, of its characters from the whole text's
+    speakers: int  # roles with at least one character in this part
+    plays: int  # plays with at least one character in this part
+    divergence: float
 
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """A text divided among clients; `partition` makes one."""
+    """A text that is divided among clients. The function `partition` makes it.
+
+    `partition[i]` is the part of client `i`, and a loop gives all parts.
+    """
 
     corpus: Corpus = field(repr=False)
     tokenizer: CharTokenizer = field(repr=False)
     scheme: Scheme
     seed: int
-    options: Mapping[str, Any]  # those that the scheme uses, and the split
-    train: tuple[Spans, ...] = field(repr=False)  # by client, in the text
-    val: tuple[Spans, ...] = field(repr=False)
+    options: Mapping[str, Any]  # the options that the scheme uses, and those of the split
+    train: tuple[Spans, ...] = field(repr=False)  # stretches of the text, for each client
+    val: tuple[Spans, ...] = field(repr=False)  # stretches of the text, for each client
 
     def __len__(self) -> int:
-        """How many clients there are."""
+        """The number of clients."""
         return len(self.train)
 
     def __getitem__(self, client: int) -> Part:
-        """The part of `client`, from 0. Raises `DataError` if there is none."""
+        """Return the part of `client`, counted from 0. Raises `DataError` if there is none."""
         if not 0 <= client < len(self):
             raise DataError(f"partition_id must be from 0 to {len(self) - 1}, it is {client}")
         train, val = (_take(self.ids, side[client]) for side in (self.train, self.val))
-        meta = {
-            **self._about(),
-            "partition_id": int(client),
-            "train_length": len(train),
-            "val_length": len(val),
-            "train_sha256": ids_sha256(train),
-            "val_sha256": ids_sha256(val),
-            "vocab_size": self.tokenizer.vocab_size,
-            "vocab": self.tokenizer.vocab,
-        }
-        return Part(train, val, self.tokenizer, f"{client} of {len(self)}", meta)
+        return make_part(train, val, self.tokenizer, self._origin(), int(client))
 
     def __iter__(self) -> Iterator[Part]:
         return (self[client] for client in range(len(self)))
 
     @property
     def left_out(self) -> int:
-        """Characters that no client has."""
+        """The number of characters that no client has."""
         return len(self.corpus.text) - sum(map(_size, (*self.train, *self.val)))
 
     def report(self) -> list[PartReport]:
-        """Sizes, roles and divergence of every client."""
+        """Return the size, the number of roles and plays, and the divergence of each client."""
         whole = self._characters(np.array([[0, len(self.corpus.text)]]))
         return [self._describe(client, whole) for client in range(len(self))]
 
     def write(self, output: str | Path) -> list[Path]:
-        """Write all parts and the report below `output`; see `shakespeare_data.parts`.
+        """Write all parts and the report to the directory `output`.
 
-        All or nothing: an earlier federation there is replaced whole. Returns the parts'
-        directories. Raises `DataError` for what is in the way or cannot be written.
+        The files are described in `shakespeare_data.parts`. Either everything is written or
+        nothing is changed. An earlier federation in `output` is replaced as a whole. Returns the
+        directory of each part. Raises `DataError` if `output` holds other files or cannot be
+        written.
         """
-        report = [asdict(described) for described in self.report()]
-        manifest = {**self._about(), "left_out": self.left_out, "parts": report}
-        return write_federation(self, manifest, output)
+        report = {"left_out": self.left_out, "parts": [asdict(part) for part in self.report()]}
+        return write_federation(self, self._origin(), report, output)
 
-    def _about(self) -> dict[str, Any]:
-        """What every part's `meta.json` and the report say alike."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "scheme": self.scheme,
-            "seed": self.seed,
-            "options": dict(self.options),
-            "num_partitions": len(self),
-            "corpus": self.corpus.name,
-            "corpus_sha256": self.corpus.sha256,
-            "source": self.corpus.source,
-            "licence": self.corpus.licence,
-            "note": self.corpus.note,
-        }
+    def _origin(self) -> Origin:
+        return Origin(
+            scheme=self.scheme,
+            seed=self.seed,
+            options=self.options,
+            num_partitions=len(self),
+            corpus=self.corpus.name,
+            corpus_sha256=self.corpus.sha256,
+            source=self.corpus.source,
+            licence=self.corpus.licence,
+            note=self.corpus.note,
+        )
 
     @cached_property
     def ids(self) -> NDArray[np.uint16]:
-        """The whole text as ids, uint16 `(characters,)`, read-only: parts are views of it."""
+        """The ids of the whole text, uint16 `(characters,)`, read-only.
+
+        A part that is one stretch of the text is a view of this array.
+        """
         return read_only(self.tokenizer.encode(self.corpus.text))
 
     def _characters(self, spans: Spans) -> NDArray[np.int64]:
@@ -154,32 +153,35 @@ def partition(
     by: GroupBy | None = None,
     window: int | None = None,
 ) -> Partition:
-    """Divide `corpus` among `num_partitions` clients; equal arguments give equal parts.
+    """Divide `corpus` among `num_partitions` clients. The same arguments give the same parts.
 
-    `seed` decides all draws; `"contiguous"` has none, and in `"by-play"` it says only which client
-    gets which share.
+    The text is first split into a training side and a validation side (see `Corpus.split_spans`).
+    Then each side is divided, so that no client trains on text on which another one validates.
 
-    The text is first split into training and validation (`Corpus.split_spans`), then each side is
-    divided, so that no client trains on what another validates on.
+    - `"contiguous"`: each client gets one stretch. All stretches have the same length and follow
+      each other, as in Flower's example.
+    - `"iid"`: the text is cut into windows of `window` characters (default 1,024). The windows are
+      shuffled and dealt out in equal amounts.
+    - `"quantity-skew"`: the windows of `"iid"` are dealt out in unequal amounts. Each client gets
+      `min_characters`. The rest is shared in proportions from a symmetric Dirichlet distribution
+      with concentration `alpha` (default 0.5).
+    - `"by-play"`: each client gets whole plays, such that the sizes are balanced. If there are more
+      clients than plays, several clients share a play. Each cut is between two speeches.
+    - `"by-speaker"`: each client gets one role, as in LEAF's Shakespeare task (arXiv 1812.01097).
+      The roles are drawn at random from those with enough characters. Other roles are left out.
+    - `"dirichlet"`: each play, or each role if `by="speaker"`, is shared among all clients. The
+      proportions are drawn from a symmetric Dirichlet distribution with concentration `alpha`
+      (default 0.5), as in arXiv 1909.06335. Each cut is between two speeches.
 
-    - `"contiguous"`: equal consecutive stretches, as in Flower's example;
-    - `"iid"`: windows of `window` characters (1,024) in random order, dealt in equal amounts;
-    - `"quantity-skew"`: the same in unequal amounts, whose proportions are drawn from a symmetric
-      Dirichlet distribution of concentration `alpha` (0.5), over `min_characters` for each;
-    - `"by-play"`: whole plays, balanced by size; a play for several clients, where there are more
-      clients than plays, is cut between speeches, so that a client has one play only;
-    - `"by-speaker"`: one role a client, as in LEAF's Shakespeare task (arXiv 1812.01097), drawn at
-      random from the roles with enough characters; the other roles are left out;
-    - `"dirichlet"`: each play, or with `by="speaker"` each role, is divided in proportions drawn
-      from a symmetric Dirichlet distribution of concentration `alpha` (0.5; arXiv 1909.06335); cut
-      between speeches.
+    `seed` decides all random draws. `"contiguous"` draws nothing. `"by-play"` draws only which
+    client gets which share.
 
-    `split` is `"end"` for the first three schemes and `"speech"` for the others unless given.
-    Every client has at least `min_characters` of each side. The vocabulary is that of `tokenizer`,
-    or all characters of the text.
+    `split` is the `by` of `Corpus.split_spans`. Its default is `"end"` for the first three schemes
+    and `"speech"` for the others. Every client gets at least `min_characters` on each side. If
+    `tokenizer` is not given, its vocabulary is all characters of the text.
 
-    Raises `DataError` for arguments that are out of range or of another scheme, and for a text that
-    cannot give each client enough, naming a client and the sizes.
+    Raises `DataError` if an argument is out of range or belongs to another scheme. Raises it also
+    if the text is too small for all clients; the message then names a client and the sizes.
     """
     if scheme not in SCHEMES:
         raise DataError(f"scheme must be one of {', '.join(SCHEMES)}; it is {scheme!r}")
@@ -191,10 +193,10 @@ def partition(
         split = "end" if scheme in ("contiguous", "iid", "quantity-skew") else "speech"
     if split not in get_args(SplitBy):
         raise DataError(f"split must be one of {', '.join(get_args(SplitBy))}; it is {split!r}")
-    if max(num_partitions, min_characters) > len(corpus.text):  # more than arrays could count
+    if max(num_partitions, min_characters) > len(corpus.text):  # numpy cannot make arrays for more
         raise DataError(
-            f"{num_partitions} clients of at least min_characters {min_characters} cannot be had "
-            f"from the {len(corpus.text)} characters of {corpus.name}"
+            f"the {len(corpus.text)} characters of {corpus.name} are too few for {num_partitions} "
+            f"clients with at least min_characters {min_characters}"
         )
     sides = corpus.split_spans(validation_fraction, by=split)
     request = _Request(corpus, num_partitions, min_characters, seed, **options)
@@ -215,14 +217,15 @@ def partition(
         train,
         val,
     )
-    len(divided.ids)  # or a character outside the vocabulary would be found later only
+    _ = divided.ids  # encode now, so that a character outside the vocabulary is found now
     return divided
 
 
 def _concentration(alpha: float) -> float:
-    if isinstance(alpha, int | float | np.number) and 0 < alpha <= _EVEN:
+    """Return `alpha` as a float. Raises `DataError` if it is out of range."""
+    if isinstance(alpha, int | float | np.number) and 0 < alpha <= _MAX_ALPHA:
         return float(alpha)
-    raise DataError(f"alpha must be a number above 0 and at most {_EVEN:g}, it is {alpha!r}")
+    raise DataError(f"alpha must be a number above 0 and at most {_MAX_ALPHA:g}, it is {alpha!r}")
 
 
 _DEFAULTS: dict[Scheme, dict[str, Any]] = {
@@ -236,6 +239,7 @@ _DEFAULTS: dict[Scheme, dict[str, Any]] = {
 
 
 def _options(scheme: Scheme, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `scheme`, checked, with its defaults for those that are `None`."""
     options = dict(_DEFAULTS[scheme])
     for name, value in given.items():
         if value is None:
@@ -255,6 +259,8 @@ def _options(scheme: Scheme, given: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Request:
+    """The checked arguments of `partition` that the schemes need."""
+
     corpus: Corpus
     clients: int
     min_characters: int
@@ -264,29 +270,32 @@ class _Request:
     window: int = WINDOW
 
     def rng(self) -> np.random.Generator:
+        """Return a generator at the beginning of the seed's sequence."""
         return np.random.default_rng(self.seed)
 
 
-Sides = tuple[Spans, ...]  # training and validation
+Sides = tuple[Spans, ...]  # the stretches for training, and those for validation
 
 
 @dataclass(frozen=True)
 class _Shares:
-    """Stretches of one side of the text and whose each is."""
+    """Stretches of a text, each with the client that owns it."""
 
-    spans: Spans  # (k, 2), disjoint
-    owners: NDArray[np.int64]  # (k,), from 0
+    spans: Spans  # (k, 2), disjoint, in any order
+    owners: NDArray[np.int64]  # (k,), client numbers from 0
 
     def sizes(self, clients: int) -> NDArray[np.int64]:
-        """Characters by client: int64 `(clients,)`."""
+        """Return the number of characters of each client: int64 `(clients,)`."""
         lengths = self.spans[:, 1] - self.spans[:, 0]
         return np.bincount(self.owners, lengths, clients).astype(np.int64)
 
     def within(self, sides: Sides) -> "list[_Shares]":
-        """What of them lies in each side, whose stretches are in order."""
+        """Return these shares cut to the training side, and cut to the validation side."""
         return [self._within(side) for side in sides]
 
     def _within(self, side: Spans) -> "_Shares":
+        # The stretches of a side are sorted. Stretch i of these shares meets `counts[i]` of them,
+        # from number `first[i]` on.
         first = np.searchsorted(side[:, 1], self.spans[:, 0], side="right")
         counts = np.searchsorted(side[:, 0], self.spans[:, 1], side="left") - first
         whole = np.repeat(np.arange(len(self.spans)), counts)
@@ -296,6 +305,7 @@ class _Shares:
         return _Shares(np.stack([start, stop], axis=1), self.owners[whole])
 
     def by_client(self, clients: int) -> tuple[Spans, ...]:
+        """Return the stretches of each client, sorted, joined where they touch, and read-only."""
         order = np.argsort(self.owners, kind="stable")
         stops = np.cumsum(np.bincount(self.owners, minlength=clients))
         return tuple(read_only(merged(s)) for s in np.split(self.spans[order], stops[:-1]))
@@ -330,7 +340,7 @@ def _by_play(request: _Request, sides: Sides) -> list[_Shares]:
     else:
         counts = _clients_of_each(sizes, request.clients)
         first = np.cumsum(counts) - counts
-    renamed = request.rng().permutation(request.clients)  # or the first had the first plays always
+    renamed = request.rng().permutation(request.clients)  # else client 0 always had the first play
     owners = [
         renamed[begin + _cut(play, np.full(count, 1 / count))]
         for play, begin, count in zip(plays, first, counts, strict=True)
@@ -349,7 +359,7 @@ def _by_speaker(request: _Request, sides: Sides) -> list[_Shares]:
         raise DataError(
             f"by-speaker needs a role for each of {request.clients} clients; of the {len(roles)} "
             f"roles of {request.corpus.name}, {len(enough)} have at least min_characters "
-            f"{request.min_characters} to train and to validate"
+            f"{request.min_characters} for training and for validation"
         )
     chosen = [roles[i] for i in request.rng().permutation(enough)[: request.clients]]
     owners = np.repeat(np.arange(request.clients), [len(role) for role in chosen])
@@ -395,10 +405,10 @@ def _check_sizes(request: _Request, scheme: Scheme, shares: Sequence[_Shares]) -
         smallest = np.argsort(of_clients, kind="stable")[:_NAMED_SIZES].tolist()
         named = ", ".join(f"client {i}: {sizes['train'][i]}/{sizes['val'][i]}" for i in smallest)
         raise DataError(
-            f"{scheme} would give client {client} of {request.clients} {of_clients[client]} {side} "
-            f"characters, min_characters asks for {request.min_characters}; "
-            f"{_advice(request, scheme, sizes)}train/val characters are, "
-            f"from the smallest on, {named}"
+            f"{scheme} would give client {client} of {request.clients} only {of_clients[client]} "
+            f"{side} characters, but min_characters is {request.min_characters}; "
+            f"{_advice(request, scheme, sizes)}train/val characters of the smallest clients: "
+            f"{named}"
         )
 
 
@@ -406,14 +416,14 @@ def _advice(request: _Request, scheme: Scheme, sizes: Mapping[str, NDArray[np.in
     total = min(int(of_clients.sum()) for of_clients in sizes.values())
     most = total // request.min_characters
     if most < request.clients:
-        return f"the text allows {f'at most {most} clients' if most else 'none'} of so many; "
+        return f"the text allows {f'at most {most} clients' if most else 'no client'}; "
     if scheme == "dirichlet":
-        return f"this is the best of {_DRAWS} draws, a larger alpha makes shares more equal; "
+        return f"this is the best of {_DRAWS} draws, a larger alpha makes the shares more equal; "
     return ""
 
 
 def _groups(corpus: Corpus, by: GroupBy) -> list[Spans]:
-    """The speeches of each play or role, as they come; those without a speaker are of no role."""
+    """Return the stretches of each play or role. A speech without a speaker has no role."""
     groups: dict[Any, list[int]] = {}
     for i, speech in enumerate(corpus.speeches):
         if by == "play" or speech.speaker:
@@ -432,25 +442,33 @@ def _roles(corpus: Corpus) -> list[Spans]:
 
 
 def _size(spans: Spans) -> int:
+    """Return the number of characters in `spans`."""
     return int((spans[:, 1] - spans[:, 0]).sum())
 
 
 def _take(ids: NDArray[np.uint16], spans: Spans) -> NDArray[np.uint16]:
-    """The ids of `spans`: a view if they are one stretch."""
+    """Return the ids of `spans`. They are a view of `ids` if `spans` is one stretch."""
     if len(spans) == 1:
         return ids[spans[0, 0] : spans[0, 1]]
     return read_only(np.concatenate([ids[start:stop] for start, stop in spans.tolist()]))
 
 
 def _cut(spans: Spans, proportions: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Whose each of `spans` (k,) is, when shares of these proportions follow one another."""
+    """Cut `spans` into consecutive shares of these proportions.
+
+    Returns the number of the share that each stretch belongs to, int64 `(k,)`. The middle of a
+    stretch decides.
+    """
     lengths = spans[:, 1] - spans[:, 0]
     middles = np.cumsum(lengths) - lengths / 2
     return np.searchsorted(np.cumsum(proportions)[:-1] * lengths.sum(), middles)
 
 
 def _dealt(stream: Spans, stops: NDArray[np.int64]) -> _Shares:
-    """Cut `stream`, whose spans follow one another in any order, at these counts of characters."""
+    """Deal the characters of `stream` to the clients, in the order of its stretches.
+
+    Client `i` gets the characters from number `stops[i - 1]` to number `stops[i]` of the stream.
+    """
     lengths = stream[:, 1] - stream[:, 0]
     ends = np.cumsum(lengths)
     bounds = np.unique(np.concatenate([[0], ends, stops[stops < ends[-1]]]))
@@ -462,11 +480,13 @@ def _dealt(stream: Spans, stops: NDArray[np.int64]) -> _Shares:
 
 
 def _equal_stops(side: Spans, clients: int) -> NDArray[np.int64]:
+    """Return the `stops` of `_dealt` that give each client as much as the others."""
     size, rest = divmod(_size(side), clients)
     return np.cumsum(size + (np.arange(clients) < rest))
 
 
 def _shuffled(side: Spans, window: int, rng: np.random.Generator) -> Spans:
+    """Cut `side` into windows of `window` characters and shuffle them."""
     window = min(window, _size(side))
     starts = [np.arange(start, stop, window) for start, stop in side]
     windows = np.concatenate(
@@ -479,7 +499,10 @@ def _shuffled(side: Spans, window: int, rng: np.random.Generator) -> Spans:
 
 
 def _balanced(sizes: NDArray[np.int64], clients: int) -> NDArray[np.int64]:
-    """Whose each group is: the largest goes to whom has least, then the next."""
+    """Assign groups to clients, largest first, each to the client that has least.
+
+    Returns the client of each group, int64 `(groups,)`.
+    """
     owners = np.zeros(len(sizes), dtype=np.int64)
     loads = np.zeros(clients, dtype=np.int64)
     for group in np.argsort(-sizes, kind="stable"):
@@ -489,7 +512,11 @@ def _balanced(sizes: NDArray[np.int64], clients: int) -> NDArray[np.int64]:
 
 
 def _clients_of_each(sizes: NDArray[np.int64], clients: int) -> NDArray[np.int64]:
-    """How many clients each group is for: one, then one more where a client's share is largest."""
+    """Return the number of clients that share each group, int64 `(groups,)`.
+
+    Each group starts with one client. Each further client joins the group in which the share of
+    one client is largest.
+    """
     counts = np.ones(len(sizes), dtype=np.int64)
     for _ in range(clients - len(sizes)):
         counts[np.argmax(sizes / counts)] += 1
@@ -497,7 +524,10 @@ def _clients_of_each(sizes: NDArray[np.int64], clients: int) -> NDArray[np.int64
 
 
 def jensen_shannon(counts: NDArray[np.int64], whole: NDArray[np.int64]) -> float:
-    """Divergence in bits of two distributions given as counts `(V,)` (Lin, 1991)."""
+    """Return the Jensen-Shannon divergence of two distributions in bits (Lin, 1991).
+
+    Both distributions are given as counts `(V,)`.
+    """
     p, q = counts / counts.sum(), whole / whole.sum()
     mean = (p + q) / 2
 

@@ -1,7 +1,9 @@
-"""A client's part of a text as token ids, in memory or as files of nanoGPT's form.
+"""The part of a text that one client has, in memory or as a directory.
 
-A directory of a part holds `train.bin` and `val.bin`, little-endian uint16 ids without a header,
-and `meta.json` with the vocabulary and where the part comes from.
+This module owns the format of such a directory: `train.bin` and `val.bin` hold token ids in
+nanoGPT's format, which is little-endian uint16 without a header. `meta.json` holds the vocabulary,
+the origin of the text, and the length and SHA-256 of both files. The directories of all clients lie
+in one directory, beside `partition.json`.
 """
 
 import json
@@ -10,9 +12,10 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,74 +23,138 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from shakespeare_data._atomic import write_synced
+from shakespeare_data._cache import cached_read
 from shakespeare_data.batches import ON_DISK, map_tokens
 from shakespeare_data.errors import DataError, whole_number
 from shakespeare_data.tokenizer import CharTokenizer
 
-FORMAT_VERSION = 1
-MANIFEST = "partition.json"
+FORMAT_VERSION = 1  # of meta.json and partition.json
 
-_FILES = {"train.bin", "val.bin", "meta.json"}
+_META = "meta.json"
+_MANIFEST = "partition.json"
+_FILES = {"train.bin", "val.bin", _META}
 _PART_DIRECTORY = re.compile(r"shakespeare_part_\d+")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The text that was divided and the way it was divided.
+
+    Each `meta.json` and `partition.json` hold these fields.
+    """
+
+    scheme: str
+    seed: int
+    options: Mapping[str, Any]
+    num_partitions: int
+    corpus: str  # its name
+    corpus_sha256: str
+    source: str
+    licence: str
+    note: str
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one client trains and validates on."""
+    """The text that one client trains and validates on, as token ids. A part cannot be changed."""
 
-    train: NDArray[np.uint16]  # (N,)
-    val: NDArray[np.uint16]  # (M,)
+    train: NDArray[np.uint16]  # (N,), read-only
+    val: NDArray[np.uint16]  # (M,), read-only
     tokenizer: CharTokenizer = field(repr=False)
-    name: str  # the directory, or "0 of 2"
-    meta: Mapping[str, Any] = field(repr=False)  # what meta.json holds
+    name: str  # the directory, or "0 of 2" for a part in memory
+    meta: Mapping[str, Any] = field(repr=False)  # the content of meta.json, read-only
 
     @property
     def fingerprint(self) -> str:
-        """The first 16 hexadecimal digits of the SHA-256 of the training ids as `train.bin`.
+        """The first 16 hexadecimal digits of the SHA-256 of `train.bin`.
 
-        Equal wherever a part lies, and different for different texts.
+        The fingerprint does not depend on the place of the part.
         """
-        return ids_sha256(self.train)[:16]
+        return str(self.meta["train_sha256"])[:16]
 
 
-def ids_sha256(ids: NDArray[np.uint16]) -> str:
-    """Of a `.bin` with these ids, hexadecimal."""
+def make_part(
+    train: NDArray[np.uint16],
+    val: NDArray[np.uint16],
+    tokenizer: CharTokenizer,
+    origin: Origin,
+    partition_id: int,
+) -> Part:
+    """Make the part of client `partition_id` from its ids, and describe it as `meta.json` does."""
+    meta = {
+        **_described(origin),
+        "partition_id": partition_id,
+        "train_length": len(train),
+        "val_length": len(val),
+        "train_sha256": _ids_sha256(train),
+        "val_sha256": _ids_sha256(val),
+        "vocab_size": tokenizer.vocab_size,
+        "vocab": tokenizer.vocab,
+    }
+    name = f"{partition_id} of {origin.num_partitions}"
+    return Part(train, val, tokenizer, name, _read_only(meta))
+
+
+def _described(origin: Origin) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        **asdict(replace(origin, options=dict(origin.options))),
+    }
+
+
+def _ids_sha256(ids: NDArray[np.uint16]) -> str:
+    """Return the SHA-256 of the `.bin` file that has these ids, hexadecimal."""
     return sha256(np.ascontiguousarray(ids, dtype=ON_DISK).data).hexdigest()
 
 
+def _read_only(document: dict[str, Any]) -> Mapping[str, Any]:
+    """Return a read-only view of a JSON object and of the objects directly in it."""
+    return MappingProxyType(
+        {
+            key: MappingProxyType(value) if isinstance(value, dict) else value
+            for key, value in document.items()
+        }
+    )
+
+
 def part_directory(output: Path, partition_id: int) -> Path:
+    """Return the directory of the client `partition_id` below `output`."""
     return output / f"shakespeare_part_{partition_id}"
 
 
 def write_federation(
-    parts: Iterable[Part], manifest: Mapping[str, Any], output: str | Path
+    parts: Iterable[Part], origin: Origin, report: Mapping[str, Any], output: str | Path
 ) -> list[Path]:
-    """Write every part to `<output>/shakespeare_part_<i>`, `manifest` to `<output>/partition.json`.
+    """Write the parts of all clients and `partition.json` into the directory `output`.
 
-    All is written beside `output`, which then takes its place at once: it is the old federation or
-    the new one, whole, at every moment but the instant between two renamings, in which it is
-    missing and the old one, beside it, is put back by the next call. `output` may be new, empty or
-    an earlier federation, which is replaced whole; anything else raises `DataError` naming what is
-    in the way, as does what cannot be written. Returns the parts' directories.
+    `output` may be new, empty, or an earlier federation, which is replaced as a whole. Everything
+    is written to a new directory beside `output`. Then the old directory is renamed, and the new
+    one takes its place. If the process is killed between these two steps, `output` is missing, and
+    the next call puts the old directory back.
+
+    Returns the directories of the parts. Raises `DataError` if `output` holds anything else, or if
+    something cannot be written. The message names the file.
     """
     if not str(output):
         raise DataError("the output is empty; it must be a directory")
-    output = Path(output).resolve()  # what a link points to is written, the link stays
+    output = Path(output).resolve()  # a link stays, and the directory that it points to is written
     if Path.cwd().is_relative_to(output):
         raise DataError(
-            f"cannot replace {output}: the current directory is in it; choose one below"
+            f"cannot replace {output}, because the current directory is in it; choose a "
+            "directory below it"
         )
-    beside, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("new", "old"))
+    new, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("new", "old"))
+    manifest = {**_described(origin), **report}
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_lock_path(output)):
-            _recover(output, beside, old)
-            _refuse_what_is_not_ours(output)
+            _recover(output, new, old)
+            _refuse_foreign_files(output)
             try:
-                count = _write_parts(parts, manifest, beside)
-                _put_in_place(output, beside, old)
+                count = _write_parts(parts, manifest, new)
+                _replace_directory(output, new, old)
             finally:
-                shutil.rmtree(beside, ignore_errors=True)  # there only after a failure
+                shutil.rmtree(new, ignore_errors=True)  # it still exists after a failure
     except OSError as error:
         where = error.filename2 or error.filename or output
         raise DataError(f"cannot write {where}: {error.strerror}") from error
@@ -95,34 +162,34 @@ def write_federation(
 
 
 def _lock_path(output: Path) -> Path:
-    """Of the user's writers of `output`.
+    """Return the lock file that all of this user's writers of `output` share.
 
-    Two at once would take each other's unfinished directory for what a killed one left.
+    Without a lock, a second writer would delete the unfinished directory of the first one.
     """
     user = os.getuid() if hasattr(os, "getuid") else ""
     digest = sha256(os.fsencode(output)).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"shakespeare-data-{user}-{digest}.lock"
 
 
-def _recover(output: Path, beside: Path, old: Path) -> None:
-    """Undo what a process that was killed left half done."""
-    shutil.rmtree(beside, ignore_errors=True)
+def _recover(output: Path, new: Path, old: Path) -> None:
+    """Finish or undo the work of a process that was killed while it wrote `output`."""
+    shutil.rmtree(new, ignore_errors=True)
     if old.exists() and not output.exists():
         old.rename(output)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _refuse_what_is_not_ours(output: Path) -> None:
-    """Raise `DataError` naming the first entry that no earlier federation put there."""
+def _refuse_foreign_files(output: Path) -> None:
+    """Raise `DataError` if `output` has an entry that is not part of an earlier federation."""
     if not output.exists():
         return
     if not output.is_dir():
         raise DataError(f"cannot replace {output}: it is not a directory")
     for entry in sorted(output.iterdir()):
         foreign = None
-        if entry.name == MANIFEST:
+        if entry.name == _MANIFEST:
             foreign = None if _is_ours(entry) else entry
-        elif _PART_DIRECTORY.fullmatch(entry.name) and _is_ours(entry / "meta.json"):
+        elif _PART_DIRECTORY.fullmatch(entry.name) and _is_ours(entry / _META):
             foreign = next((file for file in entry.iterdir() if file.name not in _FILES), None)
         else:
             foreign = entry
@@ -134,6 +201,7 @@ def _refuse_what_is_not_ours(output: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
+    """Tell whether `path` is a `meta.json` or `partition.json` of any version."""
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -141,24 +209,26 @@ def _is_ours(path: Path) -> bool:
     return isinstance(document, dict) and {"format_version", "corpus_sha256"} <= document.keys()
 
 
-def _write_parts(parts: Iterable[Part], manifest: Mapping[str, Any], beside: Path) -> int:
-    beside.mkdir()
+def _write_parts(parts: Iterable[Part], manifest: Mapping[str, Any], new: Path) -> int:
+    """Write all files below `new` and return the number of parts."""
+    new.mkdir()
     count = 0
     for count, part in enumerate(parts, 1):
-        directory = part_directory(beside, count - 1)
+        directory = part_directory(new, count - 1)
         directory.mkdir()
         for split, tokens in (("train", part.train), ("val", part.val)):
             write_synced(directory / f"{split}.bin", tokens.astype(ON_DISK, copy=False).tobytes())
-        write_synced(directory / "meta.json", _json(part.meta))
-    write_synced(beside / MANIFEST, _json(manifest))
+        write_synced(directory / _META, _json(part.meta))
+    write_synced(new / _MANIFEST, _json(manifest))
     return count
 
 
-def _put_in_place(output: Path, beside: Path, old: Path) -> None:
+def _replace_directory(output: Path, new: Path, old: Path) -> None:
+    """Rename `output` to `old` and `new` to `output`, then delete `old`."""
     if output.exists():
         output.rename(old)
     try:
-        beside.rename(output)
+        new.rename(output)
     except OSError:
         if old.exists():
             old.rename(output)
@@ -167,37 +237,59 @@ def _put_in_place(output: Path, beside: Path, old: Path) -> None:
 
 
 def _json(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(dict(document), indent=2, ensure_ascii=False) + "\n").encode()
+    # default=dict: json does not know the read-only mappings of `_read_only`.
+    text = json.dumps(dict(document), indent=2, ensure_ascii=False, default=dict)
+    return f"{text}\n".encode()
 
 
 def read_part(directory: str | Path, *, block_size: int = 1) -> Part:
-    """The part that `Partition.write` wrote to `directory`, memory-mapped and read-only.
+    """Read a part that `Partition.write` wrote. The ids are memory-mapped and read-only.
 
-    Raises `DataError` naming the file for one that is missing, too short for a window of
-    `block_size` and its targets, or at odds with `meta.json`, which has the SHA-256 of both.
+    Each of the three files is opened once, and its SHA-256 is computed from the mapped ids. A
+    second call in the same process returns the same part without opening a file, as long as the
+    path, size, modification time and inode of each file are unchanged.
+
+    Raises `DataError` if a file is missing, contradicts `meta.json`, or has fewer than
+    `block_size + 1` ids, which is one window and its targets. The message names the file.
     """
     directory, block_size = Path(directory), whole_number("block_size", block_size, 1)
     if not directory.is_dir():
         raise DataError(f"{directory} is not a directory; a part has train.bin, val.bin, meta.json")
-    meta_path = directory / "meta.json"
-    meta = _read_meta(meta_path)
+    paths = [directory / _META, directory / "train.bin", directory / "val.bin"]
+    part = cached_read(str(directory), paths, lambda: _read(directory))
+    for path, ids in zip(paths[1:], (part.train, part.val), strict=True):
+        if len(ids) <= block_size:
+            raise DataError(
+                f"{path} has {len(ids)} ids, block_size {block_size} needs at least "
+                f"{block_size + 1}"
+            )
+    return part
+
+
+def _read(directory: Path) -> Part:
+    path = directory / _META
+    meta = _read_meta(path)
     try:
         tokenizer = CharTokenizer(meta["vocab"])
     except DataError as error:
-        raise DataError(f"{meta_path}: {error}") from error
+        raise DataError(f"{path}: {error}") from error
     if meta["vocab_size"] != tokenizer.vocab_size:
         raise DataError(
-            f"{meta_path}: vocab_size is {meta['vocab_size']}, "
+            f"{path}: vocab_size is {meta['vocab_size']}, "
             f"but vocab has {tokenizer.vocab_size} characters"
         )
-    train, val = (
-        _read_tokens(directory / f"{split}.bin", tokenizer, meta, split, block_size)
-        for split in ("train", "val")
-    )
-    return Part(train, val, tokenizer, str(directory), meta)
+    train, val = (_read_ids(directory, split, meta) for split in ("train", "val"))
+    return Part(train, val, tokenizer, str(directory), _read_only(meta))
 
 
-_META_TYPES = {"vocab": str, "vocab_size": int, "train_length": int, "val_length": int}
+_META_TYPES = {
+    "vocab": str,
+    "vocab_size": int,
+    "train_length": int,
+    "val_length": int,
+    "train_sha256": str,
+    "val_sha256": str,
+}
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -220,23 +312,18 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _read_tokens(
-    path: Path, tokenizer: CharTokenizer, meta: Mapping[str, Any], split: str, block_size: int
-) -> NDArray[np.uint16]:
-    tokens = map_tokens(path)
-    if len(tokens) != meta[f"{split}_length"]:
-        raise DataError(f"{path} has {len(tokens)} ids, meta.json says {meta[f'{split}_length']}")
-    if len(tokens) <= block_size:
+def _read_ids(directory: Path, split: str, meta: Mapping[str, Any]) -> NDArray[np.uint16]:
+    """Map the ids of one side and check them against `meta`."""
+    path = directory / f"{split}.bin"
+    ids = map_tokens(path)
+    if len(ids) != meta[f"{split}_length"]:
+        raise DataError(f"{path} has {len(ids)} ids, meta.json says {meta[f'{split}_length']}")
+    largest = int(ids.max())
+    if largest >= meta["vocab_size"]:
         raise DataError(
-            f"{path} has {len(tokens)} ids, block_size {block_size} needs at least {block_size + 1}"
+            f"{path} has the id {largest}, meta.json allows 0 to {meta['vocab_size'] - 1}"
         )
-    largest = int(tokens.max())
-    if largest >= tokenizer.vocab_size:
-        raise DataError(
-            f"{path} has the id {largest}, meta.json allows 0 to {tokenizer.vocab_size - 1}"
-        )
-    # parts of version 0.1 say no SHA-256
-    expected = meta.get(f"{split}_sha256")
-    if expected is not None and (found := ids_sha256(tokens)) != expected:
+    found, expected = _ids_sha256(ids), meta[f"{split}_sha256"]
+    if found != expected:
         raise DataError(f"{path} was altered: its SHA-256 is {found}, meta.json says {expected}")
-    return tokens
+    return ids

