@@ -1,4 +1,4 @@
-"""Both sides of a comparison in one run: the reference runs before each round of ours."""
+"""A fixture that measures our code and a reference in one run, in turn."""
 
 from collections.abc import Callable
 from statistics import median
@@ -10,7 +10,10 @@ import pytest
 
 @pytest.fixture
 def compare(benchmark: Any) -> Callable[..., None]:
-    """`compare(ours, reference, reference_name=…, amount=…, unit=…)`: interleaved, medians kept."""
+    """A function that measures `ours` and `reference` in turn and keeps both medians.
+
+    `amount` and `unit` say how much one call processes.
+    """
 
     def run(
         ours: Callable[[], object],
@@ -28,7 +31,7 @@ def compare(benchmark: Any) -> Callable[..., None]:
             reference()
             reference_seconds.append(perf_counter() - start)
 
-        ours()  # warm-up of both sides
+        ours()  # warm up both
         reference()
         benchmark.pedantic(ours, setup=timed_reference, rounds=rounds)
         benchmark.extra_info.update(

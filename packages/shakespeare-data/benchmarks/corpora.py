@@ -1,8 +1,9 @@
-"""What the README says of the corpora and of large files, measured; `nox -s corpora`.
+"""Measure the figures in the README about corpora, partitions and large files.
 
     python benchmarks/corpora.py [parsing|similarity|partitions|mapped ...]
 
-Tiny Shakespeare is read from the cache; `mapped` writes 4 GiB to the directory for temporary files.
+`nox -s corpora` runs this file. Tiny Shakespeare is read from the cache. `mapped` writes 4 GiB to
+the directory for temporary files.
 """
 
 import random
@@ -28,11 +29,11 @@ from shakespeare_data import (
 )
 from shakespeare_data.partition import jensen_shannon
 
-LEAF_ROLES = 1_129  # of LEAF's Shakespeare task, arXiv 1812.01097, table 1
+LEAF_ROLES = 1_129  # roles in LEAF's Shakespeare task, arXiv 1812.01097, table 1
 
 
 def parsing() -> None:
-    """Plays, speeches and roles; ten speeches of Tiny Shakespeare picked at random."""
+    """Count plays, speeches and roles, and print ten random speeches of Tiny Shakespeare."""
     for name in ("tiny-shakespeare", "nine-plays", "plays"):
         corpus = load_corpus(name)
         speeches = corpus.speeches
@@ -59,7 +60,7 @@ def parsing() -> None:
 
 
 def roles(speeches: Iterable[Speech]) -> Counter[tuple[str, str]]:
-    """Characters by role."""
+    """Return the number of characters of each role."""
     sizes: Counter[tuple[str, str]] = Counter()
     for speech in speeches:
         if speech.speaker:
@@ -68,7 +69,7 @@ def roles(speeches: Iterable[Speech]) -> Counter[tuple[str, str]]:
 
 
 def similarity() -> None:
-    """How close the nine plays come to Tiny Shakespeare."""
+    """Compare the nine plays with Tiny Shakespeare."""
     tiny, nine = load_corpus("tiny-shakespeare"), load_corpus("nine-plays")
     for what, ours, theirs in (
         ("lines", lines(nine), lines(tiny)),
@@ -79,8 +80,8 @@ def similarity() -> None:
         blocks = SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
         in_order = sum(block.size for block in blocks)
         print(
-            f"{what}: {len(ours):,} and {len(theirs):,} of Tiny Shakespeare's, {common:,} the "
-            f"same ({common / len(theirs):.2%}), {in_order:,} in the same order"
+            f"{what}: {len(ours):,} in the nine plays, {len(theirs):,} in Tiny Shakespeare, "
+            f"{common:,} equal ({common / len(theirs):.2%}), {in_order:,} in the same order"
         )
     counts = [
         np.bincount(np.frombuffer(c.text.encode("latin-1"), np.uint8), minlength=256)
@@ -89,7 +90,8 @@ def similarity() -> None:
     distinct = np.count_nonzero(sum(counts))
     divergence = jensen_shannon(counts[1], counts[0])
     print(
-        f"characters: {len(nine.text):,} and {len(tiny.text):,}, {distinct} distinct; "
+        f"characters: {len(nine.text):,} in the nine plays, {len(tiny.text):,} in Tiny "
+        f"Shakespeare, {distinct} distinct; "
         f"Jensen-Shannon divergence of their distributions {divergence:.2e} bits"
     )
 
@@ -107,7 +109,7 @@ def roles_of(corpus: Corpus) -> list[tuple[str, str]]:
 
 
 def partitions() -> None:
-    """The report of each scheme for 2, 10 and 100 clients of both texts."""
+    """Print the report of each scheme for 2, 10 and 100 clients on two texts."""
     row = "{:16} {:14} {:>7} {:>19} {:>17} {:>8} {:>9} {:>7} {:>26}"
     titles = ("corpus", "scheme", "clients", "train", "val", "left out", "speakers", "plays")
     print(row.format(*titles, "divergence"))
@@ -143,7 +145,7 @@ def extent(values: Iterable[int]) -> str:
 
 
 def mapped() -> None:
-    """Resident memory while 10,000 batches of 64 x 256 are drawn from 4 GiB."""
+    """Measure the resident memory while 10,000 batches of 64 x 256 are drawn from 4 GiB."""
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         rng = np.random.default_rng(0)
         for _ in range(64):
@@ -159,12 +161,12 @@ def mapped() -> None:
         seconds = time.perf_counter() - began
     size = Path(file.name).name
     print(f"10,000 batches of 64 x 256 from 4 GiB ({size}): {seconds / 10:.3f} ms a batch")
-    for kind, about in (("VmRSS", "all"), ("RssAnon", "own"), ("RssFile", "of mapped files")):
+    for kind, about in (("VmRSS", "all"), ("RssAnon", "own"), ("RssFile", "mapped files")):
         print(f"  resident, {about}: {before[kind]} MiB before, at most {most[kind]} MiB")
 
 
 def resident() -> Counter[str]:
-    """MiB of this process by kind (Linux)."""
+    """Return the memory of this process in MiB, by kind. This needs Linux."""
     found = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return Counter({words[0][:-1]: int(words[1]) // 1024 for words in found if "kB" in words})
 

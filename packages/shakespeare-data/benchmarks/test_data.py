@@ -1,4 +1,7 @@
-"""Text to ids and ids to batches, beside nanoGPT's plain ways, on as many characters."""
+"""Measure the tokenizer and the batches beside plain references, such as the code of nanoGPT.
+
+The text has as many characters as Tiny Shakespeare.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +40,7 @@ def mapped(tokens: Tokens, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stack_of_slices(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """nanoGPT's `get_batch`: a tensor a row, then a stack of them."""
+    """Draw a batch as nanoGPT's `get_batch` does: make one tensor for each row, then stack them."""
     starts = torch.randint(len(tokens) - BLOCK_SIZE, (BATCH_SIZE,)).tolist()
     x = [torch.from_numpy(tokens[i : i + BLOCK_SIZE].astype(np.int64)) for i in starts]
     y = [torch.from_numpy(tokens[i + 1 : i + 1 + BLOCK_SIZE].astype(np.int64)) for i in starts]
@@ -50,7 +53,7 @@ def times(count: int, encode: Callable[[], object]) -> None:
 
 
 def test_encode(compare: Callable[..., None], tokens: Tokens, tokenizer: CharTokenizer) -> None:
-    """Text of the corpus' length to uint16 ids, ten times over."""
+    """Encode the text ten times."""
     text = tokenizer.decode(tokens)
     stoi = {character: i for i, character in enumerate(tokenizer.vocab)}
     compare(
@@ -65,9 +68,11 @@ def test_encode(compare: Callable[..., None], tokens: Tokens, tokenizer: CharTok
 def test_encode_beside_tokenizers(
     compare: Callable[..., None], tokens: Tokens, tokenizer: CharTokenizer
 ) -> None:
-    """The same text through a character-level model of Hugging Face's tokenizers."""
+    """Encode the text beside a character-level model of Hugging Face's tokenizers."""
     text = tokenizer.decode(tokens)
-    lines = [text[start : start + 30] for start in range(0, len(text), 30)]  # its faster way
+    lines = [
+        text[start : start + 30] for start in range(0, len(text), 30)
+    ]  # tokenizers is faster on many short lines
     theirs = Tokenizer(BPE({character: i for i, character in enumerate(tokenizer.vocab)}, []))
 
     def encode_lines() -> NDArray[np.uint16]:
@@ -85,7 +90,7 @@ def test_encode_beside_tokenizers(
 
 
 def test_decode(compare: Callable[..., None], tokens: Tokens, tokenizer: CharTokenizer) -> None:
-    """Ids to text, as many as the corpus has."""
+    """Decode the ids of the text."""
     itos = dict(enumerate(tokenizer.vocab))
     compare(
         lambda: tokenizer.decode(tokens),
@@ -97,7 +102,7 @@ def test_decode(compare: Callable[..., None], tokens: Tokens, tokenizer: CharTok
 
 
 def test_batches_in_memory(compare: Callable[..., None], tokens: Tokens) -> None:
-    """100 batches of 64 x 256 from an array."""
+    """Draw 100 batches of 64 x 256 from an array."""
     batches = Batches(tokens, BATCH_SIZE, BLOCK_SIZE, seed=0)
     compare(
         lambda: [next(batches) for _ in range(BATCHES)],
@@ -109,7 +114,7 @@ def test_batches_in_memory(compare: Callable[..., None], tokens: Tokens) -> None
 
 
 def test_batches_memory_mapped(compare: Callable[..., None], mapped: Path) -> None:
-    """100 batches of 64 x 256 from a memory-mapped train.bin."""
+    """Draw 100 batches of 64 x 256 from a memory-mapped file."""
     batches = Batches(np.memmap(mapped, "<u2", "r"), BATCH_SIZE, BLOCK_SIZE, seed=0)
     compare(
         lambda: [next(batches) for _ in range(BATCHES)],
@@ -121,7 +126,7 @@ def test_batches_memory_mapped(compare: Callable[..., None], mapped: Path) -> No
 
 
 def test_epoch_in_memory(compare: Callable[..., None], tokens: Tokens) -> None:
-    """Each window once, shuffled, beside a DataLoader of slices."""
+    """Draw one epoch of shuffled windows, beside a DataLoader of slices."""
 
     class Windows(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
         def __len__(self) -> int:

@@ -2,8 +2,8 @@
 
 A value stays in the cache while the path, size, modification time and inode of each of its files
 stay the same. The check calls `stat` and opens no file. A value is shared by all callers, so it
-must be immutable. A change that keeps all four properties is not noticed; this package's own
-writers always create a new inode.
+must be immutable. A change that keeps all four properties is not noticed. The functions of this
+package that write files always create a new inode.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 Value = TypeVar("Value")
 FileState = tuple[str, int, int, int]  # path, size in bytes, mtime in ns, inode
 
-_MAX_VALUES = 16  # the oldest value leaves first, so that memory stays bounded
+_MAX_VALUES = 16  # the oldest value is dropped, so that memory stays bounded
 _values: dict[Hashable, tuple[list[FileState], Any]] = {}
 
 

