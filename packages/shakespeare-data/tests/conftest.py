@@ -18,6 +18,12 @@ from shakespeare_data import Corpus, sources
 settings.register_profile("any pace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any pace")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ignore one warning: pooch does not close the socket of an answer with an error status."""
+    config.addinivalue_line("filterwarnings", "ignore:unclosed:ResourceWarning")
+
+
 VERSES = "".join(f"Speaker {i % 7}:\nline {i} of a play that nobody wrote\n\n" for i in range(400))
 
 # Three plays of unequal length. Each role speaks in letters of its own.

@@ -25,6 +25,8 @@ def cached_read(key: Hashable, paths: Sequence[Path], read: Callable[[], Value])
     try:
         states = [_state(path) for path in paths]
     except OSError:
+        states = []
+    if not states:
         return read()  # `read` reports the missing file in its own words
     cached = _values.get(key)
     if cached is not None and cached[0] == states:

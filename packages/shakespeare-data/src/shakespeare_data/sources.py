@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -180,34 +181,26 @@ class TinyShakespeare:
     def _from_mirrors(self) -> tuple[bytes, str]:
         """Return the file and its address from the first mirror that delivers it.
 
-        The work is done in a thread, because `requests` has no limit for the time that the
-        resolution of a host name takes. Raises `ConnectionError` if no mirror delivers the file
-        within `seconds`. The message has one reason for each mirror.
+        Raises `ConnectionError` if no mirror delivers the file within `seconds`. The message has
+        one reason for each mirror.
         """
         reasons: dict[str, str] = {}
-
-        def fetch() -> tuple[bytes, str] | None:
-            for pause in _PAUSES:
-                time.sleep(pause)
-                for url in self.urls:
-                    try:
-                        return self._fetch(url), url
-                    except (OSError, ValueError) as error:  # pooch: ValueError for the SHA-256
-                        reasons[url] = _cause(error)
-            return None
-
-        found = _run_within(self.seconds, fetch)
-        if found is None:
-            late = f"no complete answer within {self.seconds:g} s"
-            told = [f"{url}: {reasons.get(url, late)}" for url in self.urls]
-            raise ConnectionError("; ".join(told))
-        return found
+        deadline = time.monotonic() + self.seconds
+        for pause in _PAUSES:
+            if time.monotonic() + pause >= deadline:
+                break
+            time.sleep(pause)
+            for i, url in enumerate(self.urls):
+                # A mirror that hangs must leave time for those after it.
+                share = (deadline - time.monotonic()) / (len(self.urls) - i)
+                try:
+                    return _run_within(share, partial(self._fetch, url)), url
+                except OSError as error:
+                    reasons[url] = str(error)
+        raise ConnectionError("; ".join(f"{url}: {reasons[url]}" for url in self.urls))
 
     def _fetch(self, url: str) -> bytes:
-        """Download `url` and check its SHA-256.
-
-        Raises `OSError` if no file arrives, and `ValueError` if the file has another SHA-256.
-        """
+        """Download `url` and check its SHA-256. Raises `ConnectionError` if this fails."""
         import pooch  # type: ignore[import-untyped]  # only here: the import takes 0.1 s
 
         # pooch prints the name of its temporary file to stderr, which would only confuse.
@@ -216,9 +209,11 @@ class TinyShakespeare:
         # The file does not go directly into the cache: pooch makes files that only their owner
         # can read, and a thread that is late must not leave a temporary file there.
         with TemporaryDirectory(prefix="shakespeare-data-", ignore_cleanup_errors=True) as scratch:
-            path = pooch.retrieve(
-                url, f"sha256:{self.sha256}", "input.txt", scratch, downloader=downloader
-            )
+            known_hash = f"sha256:{self.sha256}"
+            try:
+                path = pooch.retrieve(url, known_hash, "input.txt", scratch, downloader=downloader)
+            except (OSError, ValueError) as error:  # pooch: ValueError for another SHA-256
+                raise ConnectionError(_cause(error)) from error
             return Path(path).read_bytes()
 
 
@@ -241,10 +236,12 @@ class _SizeLimit:
         pass
 
 
-def _run_within(seconds: float, function: Callable[[], Result]) -> Result | None:
-    """Run `function` in a thread and return its result, or `None` after `seconds`.
+def _run_within(seconds: float, function: Callable[[], Result]) -> Result:
+    """Run `function` in a thread and return its result.
 
-    After `seconds`, nobody waits for the thread any longer. It does not keep the process alive.
+    Raises `TimeoutError` after `seconds`. A thread is necessary, because `requests` has no limit
+    for the time that the resolution of a host name takes. The thread does not keep the process
+    alive.
     """
     outcome: Future[Result] = Future()
 
@@ -254,15 +251,16 @@ def _run_within(seconds: float, function: Callable[[], Result]) -> Result | None
         except Exception as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        return outcome.result(timeout=seconds)
-    except TimeoutError:
-        return None
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(max(0.0, seconds))
+    if not outcome.done():
+        raise TimeoutError(f"no complete answer within {seconds:.1f} s")
+    return outcome.result()
 
 
 def _cause(error: BaseException) -> str:
-    """Return the message of the first error in a chain, such as "Connection refused"."""
+    """Return the message of the error that caused the others, such as "Connection refused"."""
     while error.__context__ is not None:  # requests wraps the error of a socket several times
         error = error.__context__
     return str(error) or type(error).__name__
