@@ -1,4 +1,4 @@
-"""What the tests measured, at the end of their report."""
+"""Print the largest differences that the tests measured, at the end of their report."""
 
 from collections import defaultdict
 from typing import Any

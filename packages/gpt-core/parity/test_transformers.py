@@ -1,4 +1,4 @@
-"""The same weights in `transformers`' GPT-2: the same logits, losses, gradients and text."""
+"""Compare with GPT-2 in `transformers`: equal weights give equal logits, gradients and text."""
 
 import itertools
 from typing import Any
@@ -14,13 +14,15 @@ from gpt_core.generate import _Sampler
 SHAPES = [(1, 1, 4), (2, 4, 16), (3, 2, 12), (2, 3, 96), (6, 6, 384)]  # n_layer, n_head, n_embd
 GELUS = ["gelu", "gelu_new"]
 ATTENTIONS = ["eager", "sdpa"]
-# Sums of a few hundred fp32 terms in another order: a few 1e-6 of logits up to about 10.
+# fp32 sums of a few hundred terms in another order change logits of up to about 10 by a few 1e-6.
 TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-12}
 CONFIGURATIONS = list(itertools.product(SHAPES, GELUS, ATTENTIONS, TOLERANCE))
 
 
-def theirs(shape: tuple[int, int, int], activation: str, attention: str, **changes: Any) -> Any:
-    """A random GPT2LMHeadModel whose biases and norms are random too."""
+def transformers_model(
+    shape: tuple[int, int, int], activation: str, attention: str, **changes: Any
+) -> Any:
+    """Build a GPT2LMHeadModel with random weights, biases and norms."""
     n_layer, n_head, n_embd = shape
     config = GPT2Config(
         vocab_size=65,
@@ -42,7 +44,7 @@ def theirs(shape: tuple[int, int, int], activation: str, attention: str, **chang
 
 
 @pytest.mark.parametrize(("shape", "activation", "attention", "dtype"), CONFIGURATIONS)
-def test_logits_loss_and_gradients_are_theirs(
+def test_logits_loss_and_gradients_match_transformers(
     shape: tuple[int, int, int],
     activation: str,
     attention: str,
@@ -50,25 +52,27 @@ def test_logits_loss_and_gradients_are_theirs(
     record_property: Any,
 ) -> None:
     torch.manual_seed(0)
-    reference = theirs(shape, activation, attention, attn_pdrop=0.0, resid_pdrop=0, embd_pdrop=0)
+    reference = transformers_model(
+        shape, activation, attention, attn_pdrop=0.0, resid_pdrop=0, embd_pdrop=0
+    )
     reference.to(dtype)
     model = from_hf_gpt2(reference)
     idx = torch.randint(65, (3, 80))
     targets = torch.cat((idx[:, 1:], torch.full((3, 1), -1)), dim=1)
-    expected = reference(idx, labels=idx)  # they shift the labels themselves
-    for training in (False, True):  # PyTorch's fused kernel, then, with gradients, the blocks
+    expected = reference(idx, labels=idx)  # transformers shifts the labels itself
+    for training in (False, True):  # first the fused kernel, then blocked attention
         with torch.set_grad_enabled(training):
-            logits, mine = model.train(training)(idx, targets)
+            logits, loss = model.train(training)(idx, targets)
         difference = (logits - expected.logits).abs().max().item()
         assert difference < TOLERANCE[dtype]
         record_property(f"largest difference of a logit, {dtype}", difference)
-        assert mine.item() == pytest.approx(expected.loss.item(), rel=1e-6)
-    mine.backward()
+        assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    loss.backward()
     expected.loss.backward()
     gradients = to_hf_gpt2(with_gradients_as_weights(model)).state_dict
     for name, parameter in reference.named_parameters():
         error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
-        # a bias of keys moves all scores of a query alike: its gradient is rounding alone
+        # A bias of the keys adds the same to all scores of a query, so its true gradient is 0.
         if not name.endswith("c_attn.bias"):
             assert error < 2e-5, name
 
@@ -82,7 +86,7 @@ def with_gradients_as_weights(model: GPT) -> GPT:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
-def test_what_we_export_they_load(bias: bool, gelu: str) -> None:
+def test_transformers_loads_an_exported_model(bias: bool, gelu: str) -> None:
     torch.manual_seed(1)
     model = GPT(GPTConfig(31, 20, 2, 3, 12, bias=bias, gelu_approximate=gelu)).eval()
     state_dict, config = to_hf_gpt2(model)
@@ -92,13 +96,13 @@ def test_what_we_export_they_load(bias: bool, gelu: str) -> None:
     torch.testing.assert_close(reference(idx).logits, model(idx).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_their_saved_files_are_read(tmp_path: Any) -> None:
+def test_files_saved_by_transformers_can_be_read(tmp_path: Any) -> None:
     import json
 
     from safetensors.torch import load_file
 
     torch.manual_seed(2)
-    reference = theirs((2, 4, 16), "gelu_new", "sdpa")
+    reference = transformers_model((2, 4, 16), "gelu_new", "sdpa")
     reference.save_pretrained(tmp_path)
     found = load_file(tmp_path / "model.safetensors")
     model = from_hf_gpt2(found, json.loads((tmp_path / "config.json").read_text()))
@@ -106,9 +110,9 @@ def test_their_saved_files_are_read(tmp_path: Any) -> None:
     torch.testing.assert_close(reference(idx).logits, model(idx).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_greedy_text_is_theirs() -> None:
+def test_greedy_text_matches_transformers() -> None:
     torch.manual_seed(3)
-    reference = theirs((3, 2, 12), "gelu_new", "sdpa")
+    reference = transformers_model((3, 2, 12), "gelu_new", "sdpa")
     prompt = torch.randint(65, (4, 5))
     expected = reference.generate(
         prompt,
@@ -124,7 +128,7 @@ def test_greedy_text_is_theirs() -> None:
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p"), [(5, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1), (9, 0.7, 0.05)]
 )
-def test_tokens_are_drawn_from_their_filtered_distribution(
+def test_tokens_are_drawn_from_the_filtered_distribution_of_transformers(
     temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     torch.manual_seed(4)

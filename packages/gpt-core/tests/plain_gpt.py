@@ -1,4 +1,4 @@
-"""GPT-2 as a formula, for comparison: no modules, explicit softmax, explicit erf and tanh."""
+"""GPT-2 as plain formulas, for comparison: no modules, and softmax and GELU written out."""
 
 import math
 
@@ -9,7 +9,7 @@ from gpt_core import GPTConfig
 
 
 def plain_forward(weights: dict[str, Tensor], config: GPTConfig, idx: Tensor) -> Tensor:
-    """Logits (B, T, vocab_size) from the weights alone."""
+    """Compute logits (B, T, vocab_size) from the weights and idx, int64 (B, T)."""
 
     def norm(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
@@ -41,6 +41,6 @@ def plain_forward(weights: dict[str, Tensor], config: GPTConfig, idx: Tensor) ->
 
 
 def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood of the targets (B, T) that are not -1."""
-    chosen = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return -chosen[targets >= 0].mean()
+    """Compute the mean negative log-likelihood of the targets (B, T) that are not -1."""
+    log_likelihood = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return -log_likelihood[targets >= 0].mean()

@@ -8,8 +8,8 @@ from gpt_core import GPT, GPTConfig
 from gpt_core.attention import BLOCK, blocked_causal_attention
 
 
-def by_the_formula(qkv: Tensor, n_head: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, one head after the other."""
+def plain_attention(qkv: Tensor, n_head: int) -> Tensor:
+    """Compute softmax(q k^T / sqrt(d)) v, one head after the other."""
     q, k, v = (part.chunk(n_head, -1) for part in qkv.chunk(3, -1))
     future = torch.ones(qkv.size(1), qkv.size(1)).triu(1).bool()
     heads = []
@@ -21,21 +21,21 @@ def by_the_formula(qkv: Tensor, n_head: int) -> Tensor:
 
 @pytest.mark.parametrize("length", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 17])
 @pytest.mark.parametrize(("rows", "n_head", "width"), [(1, 1, 1), (3, 2, 10), (2, 6, 24)])
-def test_values_and_gradients_are_those_of_the_formula(
+def test_values_and_gradients_match_the_plain_formula(
     length: int, rows: int, n_head: int, width: int
 ) -> None:
     torch.manual_seed(0)
     ours = torch.randn(rows, length, 3 * width, dtype=torch.float64, requires_grad=True)
     theirs = ours.detach().clone().requires_grad_()
     weights = torch.randn(rows, length, width, dtype=torch.float64)
-    mine, expected = blocked_causal_attention(ours, n_head), by_the_formula(theirs, n_head)
+    mine, expected = blocked_causal_attention(ours, n_head), plain_attention(theirs, n_head)
     torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
     (mine * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_match_finite_differences() -> None:
     qkv = torch.randn(1, BLOCK + 2, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda qkv: blocked_causal_attention(qkv, 2), (qkv,), fast_mode=True
@@ -46,12 +46,12 @@ def test_large_scores_do_not_overflow() -> None:
     qkv = (1e3 * torch.randn(1, 70, 12)).requires_grad_()
     y = blocked_causal_attention(qkv, 2)
     y.sum().backward()
-    torch.testing.assert_close(y, by_the_formula(qkv.detach(), 2), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(y, plain_attention(qkv.detach(), 2), rtol=1e-4, atol=1e-2)
     assert qkv.grad.isfinite().all()
 
 
-def test_a_model_in_training_gives_the_logits_of_evaluation() -> None:
-    """Training takes the blocks, evaluation PyTorch's kernel."""
+def test_training_and_evaluation_give_the_same_logits() -> None:
+    """Training uses blocked attention, and evaluation uses PyTorch's kernel."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(11, 100, 2, 2, 16, dropout=0.0))
     idx = torch.randint(11, (2, 100))
@@ -61,13 +61,13 @@ def test_a_model_in_training_gives_the_logits_of_evaluation() -> None:
         torch.testing.assert_close(trained, model.eval()(idx).logits, rtol=1e-5, atol=1e-6)
 
 
-def test_long_sequences_stay_with_the_flash_kernel() -> None:
+def test_long_sequences_use_the_flash_kernel() -> None:
     model = GPT(GPTConfig(11, 513, 1, 1, 8, dropout=0.0))
     assert "_BlockedCausalAttention" not in graph_of(model(torch.zeros(1, 513).long()).logits)
 
 
 def graph_of(result: Tensor) -> str:
-    """The names of all nodes in the graph behind a tensor."""
+    """List the names of all nodes in the autograd graph of a tensor."""
     names, pending, seen = [], [result.grad_fn], set()
     while pending:
         node = pending.pop()

@@ -1,6 +1,6 @@
-"""Checkpoints as nanoGPT and `transformers` write them, built by hand from random tensors.
+"""Convert checkpoints in the formats of nanoGPT and `transformers`, built from random tensors.
 
-`parity/` compares with `transformers` itself.
+The tests in `parity/` compare with `transformers` itself.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ HF = {
 
 
 def weights(bias: bool, transposed: bool = False) -> dict[str, Tensor]:
-    """Random tensors under the names of GPT-2."""
+    """Draw random tensors with the names of GPT-2."""
     torch.manual_seed(0)
     C = 12
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (13, C), "wpe.weight": (7, C)}
@@ -51,8 +51,7 @@ def weights(bias: bool, transposed: bool = False) -> dict[str, Tensor]:
             "mlp.c_fc": (4 * C, C),
             "mlp.c_proj": (C, 4 * C),
         }.items():
-            turned = shape[::-1] if transposed else shape
-            shapes[f"h.{layer}.{name}.weight"] = turned
+            shapes[f"h.{layer}.{name}.weight"] = shape[::-1] if transposed else shape
             if bias:
                 shapes[f"h.{layer}.{name}.bias"] = shape[:1]
     shapes["ln_f.weight"] = (C,)
@@ -79,7 +78,9 @@ def nanogpt_file(path: Path, bias: bool, prefix: str = "", **changes: Any) -> Pa
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
-def test_a_nanogpt_checkpoint_gives_its_logits(tmp_path: Path, bias: bool, prefix: str) -> None:
+def test_a_nanogpt_checkpoint_gives_the_logits_of_the_plain_formula(
+    tmp_path: Path, bias: bool, prefix: str
+) -> None:
     model = from_nanogpt_checkpoint(nanogpt_file(tmp_path / "ckpt.pt", bias, prefix))
     assert not model.training
     assert (model.config.dropout, model.config.attention_dropout) == (0.2, 0.2)
@@ -89,7 +90,7 @@ def test_a_nanogpt_checkpoint_gives_its_logits(tmp_path: Path, bias: bool, prefi
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_nanogpt_checkpoint_comes_back_bit_for_bit(tmp_path: Path, bias: bool) -> None:
+def test_a_nanogpt_checkpoint_is_loaded_and_saved_bit_for_bit(tmp_path: Path, bias: bool) -> None:
     model = from_nanogpt_checkpoint(nanogpt_file(tmp_path / "ckpt.pt", bias))
     to_nanogpt_checkpoint(model, tmp_path / "new" / "ckpt.pt")
     found = torch.load(tmp_path / "new" / "ckpt.pt", weights_only=True)
@@ -100,12 +101,12 @@ def test_a_nanogpt_checkpoint_comes_back_bit_for_bit(tmp_path: Path, bias: bool)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["ckpt.pt"]
 
 
-def test_masks_of_older_nanogpt_checkpoints_are_left_out(tmp_path: Path) -> None:
+def test_masks_in_older_nanogpt_checkpoints_are_ignored(tmp_path: Path) -> None:
     model = weights(True) | {"transformer.h.0.attn.bias": torch.ones(1, 1, 7, 7)}
     from_nanogpt_checkpoint(nanogpt_file(tmp_path / "ckpt.pt", True, model=model))
 
 
-def test_what_does_not_fit_a_nanogpt_checkpoint_is_named(tmp_path: Path) -> None:
+def test_each_mismatch_in_a_nanogpt_checkpoint_is_named(tmp_path: Path) -> None:
     path = tmp_path / "ckpt.pt"
     model = weights(True)
     del model["transformer.ln_f.weight"]
@@ -123,14 +124,14 @@ def test_what_does_not_fit_a_nanogpt_checkpoint_is_named(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"lm_head.weight differs from transformer.wte.weig"):
         from_nanogpt_checkpoint(path)
     nanogpt_file(path, True, model_args={"n_layer": 2, "n_head": 3, "n_embd": 12})
-    with pytest.raises(CheckpointError, match="model_args lacks vocab_size, block_size"):
+    with pytest.raises(CheckpointError, match="model_args has no vocab_size, block_size"):
         from_nanogpt_checkpoint(path)
     nanogpt_file(path, True, model_args={**ARGUMENTS, "n_head": 5})
     with pytest.raises(CheckpointError, match="model_args: n_embd is 12; it must be divisible"):
         from_nanogpt_checkpoint(path)
 
 
-def test_a_file_that_is_no_nanogpt_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_nanogpt_checkpoint_is_named(tmp_path: Path) -> None:
     path = tmp_path / "ckpt.pt"
     with pytest.raises(CheckpointError, match=r"ckpt.pt cannot be read: .*No such file"):
         from_nanogpt_checkpoint(path)
@@ -139,10 +140,10 @@ def test_a_file_that_is_no_nanogpt_checkpoint_is_named(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"ckpt.pt cannot be read"):
             from_nanogpt_checkpoint(path)
     torch.save({"model": "weights"}, path)
-    with pytest.raises(CheckpointError, match="no checkpoint of nanoGPT: it has no 'model'"):
+    with pytest.raises(CheckpointError, match="not a nanoGPT checkpoint: it has no 'model'"):
         from_nanogpt_checkpoint(path)
     torch.save([1, 2], path)
-    with pytest.raises(CheckpointError, match="no checkpoint of nanoGPT"):
+    with pytest.raises(CheckpointError, match="not a nanoGPT checkpoint"):
         from_nanogpt_checkpoint(path)
 
 
@@ -160,7 +161,7 @@ def test_code_in_a_nanogpt_checkpoint_does_not_run(
     assert "this code ran" not in capsys.readouterr().out
 
 
-def test_a_tanh_model_is_not_written_for_nanogpt(tmp_path: Path) -> None:
+def test_a_model_with_tanh_gelu_cannot_be_saved_for_nanogpt(tmp_path: Path) -> None:
     model = GPT(GPTConfig(11, 8, 1, 1, 4, gelu_approximate="tanh"))
     with pytest.raises(CheckpointError, match="gelu_approximate is 'tanh'"):
         to_nanogpt_checkpoint(model, tmp_path / "ckpt.pt")
@@ -169,13 +170,13 @@ def test_a_tanh_model_is_not_written_for_nanogpt(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 @pytest.mark.parametrize(("activation", "gelu"), [("gelu_new", "tanh"), ("gelu", "none")])
-def test_a_hugging_face_state_dict_gives_its_logits(
+def test_a_hugging_face_state_dict_gives_the_logits_of_the_plain_formula(
     prefix: str, activation: str, gelu: str
 ) -> None:
     found = {
         name.replace("transformer.", prefix): tensor
         for name, tensor in weights(True, transposed=True).items()
-        if prefix or name != "lm_head.weight"  # the hub's files have neither prefix nor head
+        if prefix or name != "lm_head.weight"  # files on the hub have neither prefix nor head
     }
     found[f"{prefix}h.0.attn.bias"] = torch.ones(1, 1, 7, 7).bool()
     model = from_hf_gpt2(found, HF | {"activation_function": activation})
@@ -191,7 +192,7 @@ def test_a_hugging_face_state_dict_gives_its_logits(
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_hugging_face_and_back_is_the_same_model(bias: bool) -> None:
+def test_a_model_converted_to_hugging_face_and_back_is_the_same(bias: bool) -> None:
     torch.manual_seed(3)
     model = GPT(GPTConfig(13, 7, 2, 3, 12, bias=bias, gelu_approximate="tanh")).eval()
     state_dict, config = to_hf_gpt2(model)
@@ -207,36 +208,41 @@ def test_hugging_face_and_back_is_the_same_model(bias: bool) -> None:
     ("changes", "named"),
     [
         ({"activation_function": "relu"}, "activation_function is 'relu'; allowed are gelu,"),
-        ({"n_inner": 40}, "n_inner is 40; this model has 4 n_embd"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; this model has 1e-05"),
-        ({"scale_attn_weights": False}, "scale_attn_weights is False; this model has True"),
+        ({"n_inner": 40}, "n_inner is 40; GPT supports only 4 n_embd, which is 48"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; GPT supports only 1e-05"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False; GPT supports only True"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
-        ({"embd_pdrop": 0.0}, "resid_pdrop and embd_pdrop differ; choose with `dropout`"),
+        (
+            {"embd_pdrop": 0.0},
+            "resid_pdrop and embd_pdrop differ; give the rate to use as `dropout`",
+        ),
         ({"n_head": 5}, "n_embd is 12; it must be divisible by n_head, which is 5"),
         ({"n_layer": 3}, r"transformer\.h\.2\.attn\.c_attn\.weight is missing"),
         ({"n_positions": 9}, r"transformer\.wpe\.weight has shape \(7, 12\) instead of \(9, 12\)"),
     ],
 )
-def test_what_does_not_fit_from_hugging_face_is_named(changes: dict[str, Any], named: str) -> None:
+def test_each_mismatch_in_a_hugging_face_model_is_named(
+    changes: dict[str, Any], named: str
+) -> None:
     with pytest.raises(CheckpointError, match=named):
         from_hf_gpt2(weights(True, transposed=True), HF | changes)
 
 
-def test_a_state_dict_alone_is_not_enough() -> None:
-    with pytest.raises(CheckpointError, match="needs `config`"):
+def test_a_state_dict_without_its_configuration_is_an_error() -> None:
+    with pytest.raises(CheckpointError, match="config is None; a state dict needs its GPT2Config"):
         from_hf_gpt2(weights(True, transposed=True))
     with pytest.raises(CheckpointError, match="n_head is missing"):
         from_hf_gpt2(weights(True, transposed=True), {k: v for k, v in HF.items() if k != "n_head"})
 
 
-def test_rates_that_differ_can_be_chosen() -> None:
+def test_the_dropout_can_be_chosen_if_two_rates_differ() -> None:
     given = weights(True, transposed=True)
     assert from_hf_gpt2(given, HF | {"embd_pdrop": 0.0}, dropout=0.25).config.dropout == 0.25
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_the_dtype_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_dtype_of_the_weights_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     given = {name: t.to(dtype) for name, t in weights(True, transposed=True).items()}
     model = from_hf_gpt2(given, HF)
     save_pretrained(model, tmp_path)

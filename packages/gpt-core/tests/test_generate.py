@@ -76,7 +76,7 @@ def test_naive_generation_draws_from_the_softmax_of_the_plain_formula(model: GPT
 
 
 @pytest.mark.parametrize("window", ["shift", "exact"])
-def test_prompts_of_different_lengths_are_each_written_as_alone(model: GPT, window: str) -> None:
+def test_prompts_of_different_lengths_give_the_same_rows_as_alone(model: GPT, window: str) -> None:
     with_large_weights(model)
     prompts = [torch.randint(11, (length,)) for length in (3, 1, 20, 8, 3, 7)]
     together = generate(model, prompts, 25, temperature=0.0, window=window)
@@ -139,7 +139,7 @@ def test_a_full_cache_takes_no_further_token(model: GPT) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_model_of_another_dtype_writes(model: GPT, dtype: torch.dtype) -> None:
+def test_models_of_other_dtypes_can_write(model: GPT, dtype: torch.dtype) -> None:
     with_large_weights(model).to(dtype)
     prompt = torch.randint(11, (2, 3))
     written = generate(model, prompt, 5, temperature=0.0)
@@ -148,15 +148,15 @@ def test_a_model_of_another_dtype_writes(model: GPT, dtype: torch.dtype) -> None
     assert written.shape == (2, 8)
 
 
-def test_a_compiled_model_is_written_with_as_it_is(model: GPT) -> None:
+def test_generation_with_a_compiled_model_compiles_nothing(model: GPT) -> None:
     prompt = torch.zeros(1, 1, dtype=torch.int64)
     compiled = torch.compile(model, backend="eager")
-    with torch.compiler.set_stance("fail_on_recompile"):  # nothing may be compiled at all
+    with torch.compiler.set_stance("fail_on_recompile"):  # any compilation is an error
         written = generate(compiled, prompt, 12, seed=0)
     assert torch.equal(written, generate(model, prompt, 12, seed=0))
 
 
-def test_a_prompt_longer_than_the_block_keeps_its_end(model: GPT) -> None:
+def test_only_the_end_of_a_long_prompt_counts(model: GPT) -> None:
     prompt = torch.randint(11, (1, 30))
     long = generate(model, prompt, 5, seed=1)
     short = generate(model, prompt[:, -8:], 5, seed=1)
@@ -194,7 +194,7 @@ def test_top_k_draws_only_the_likeliest(model: GPT) -> None:
 
 
 def drawn_from(probabilities: list[float], **settings: object) -> torch.Tensor:
-    """Relative frequencies of 40,000 draws."""
+    """Return the relative frequency of each token in 40,000 draws."""
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **settings}
     sampler = _Sampler(generator=torch.Generator().manual_seed(0), **settings)
     tokens = sampler(torch.tensor(probabilities).log().expand(40_000, -1))
@@ -213,7 +213,7 @@ def drawn_from(probabilities: list[float], **settings: object) -> torch.Tensor:
         ({"top_p": 1e-9}, [0, 1, 0, 0, 0]),
         ({"min_p": 0.3}, [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85]),
         ({"min_p": 1.0}, [0, 1, 0, 0, 0]),
-        # of the two likeliest alone 0.4 / 0.65 is 0.615
+        # after top_k, the most likely token has probability 0.4 / 0.65 = 0.615
         ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0, 0]),
         ({"temperature": 0.5}, [0.01, 0.16, 0.0025, 0.0625, 0.04]),
     ],
@@ -223,13 +223,16 @@ def test_draws_follow_the_filtered_distribution(
 ) -> None:
     frequency = drawn_from([0.1, 0.4, 0.05, 0.25, 0.2], **settings)
     wanted = torch.tensor(expected) / sum(expected)
-    # four deviations of a frequency of 40,000 draws are at most 0.01
+    # Four standard deviations of a frequency of 40,000 draws are at most 0.01.
     torch.testing.assert_close(frequency, wanted, atol=0.01, rtol=0)
     assert (frequency[wanted == 0] == 0).all()
 
 
 def with_prediction(model: GPT, chain: dict[int, int]) -> GPT:
-    """A model that writes the token `chain[t]` after t: embeddings alone, the blocks silent."""
+    """Make the model write the token `chain[t]` after token t.
+
+    The blocks add nothing to the embeddings, so only the newest token decides.
+    """
     torch.nn.init.zeros_(model.transformer.wpe.weight)
     for block in model.transformer.h:
         torch.nn.init.zeros_(block.attn.c_proj.weight)
@@ -253,14 +256,14 @@ COUNTING = {i: (i + 1) % 11 for i in range(11)}
         (6, 3),
         ([[5, 6]], 3),
         ([[6, 5], 9], 6),
-        ([[3, 4]], 12),  # not the 3 of the prompt, but that of eleven tokens on
+        ([[3, 4]], 12),  # the prompt's 3 does not count; the next 3 is written eleven tokens later
         (["fg"], 3),
         ("g", 3),
         (["zz", [8]], 5),
         ([], 14),
     ],
 )
-def test_a_row_ends_with_what_stops_it(model: GPT, stop: object, length: int) -> None:
+def test_a_row_ends_after_its_stop(model: GPT, stop: object, length: int) -> None:
     with_prediction(model, COUNTING)
     written = generate(
         model,
@@ -273,7 +276,7 @@ def test_a_row_ends_with_what_stops_it(model: GPT, stop: object, length: int) ->
     assert written.tolist() == [[(3 + i) % 11 for i in range(length + 1)]]
 
 
-def test_each_row_ends_by_itself(model: GPT) -> None:
+def test_each_row_ends_independently(model: GPT) -> None:
     with_prediction(model, COUNTING)
     settings = {"temperature": 0.0, "stop": [6]}
     rectangle = generate(model, torch.tensor([[5], [2], [9]]), 5, **settings)
@@ -289,12 +292,12 @@ def test_each_row_ends_by_itself(model: GPT) -> None:
     assert len(list(stream(model, torch.tensor([[5], [2]]), 50, **settings))) == 4
 
 
-def test_a_stream_without_end_can_be_left(model: GPT) -> None:
+def test_an_endless_stream_can_be_abandoned(model: GPT) -> None:
     tokens = stream(model, torch.zeros(1, 1, dtype=torch.int64), sys.maxsize, seed=0)
     assert len(list(itertools.islice(tokens, 30))) == 30
 
 
-def test_no_new_tokens_are_none(model: GPT) -> None:
+def test_zero_new_tokens_return_the_prompts(model: GPT) -> None:
     assert generate(model, torch.tensor([[1, 2]]), 0).tolist() == [[1, 2]]
     assert [
         row.tolist() for row in generate(model, [torch.tensor([1]), torch.tensor([2, 3])], 0)
@@ -323,13 +326,16 @@ def test_streamed_tokens_are_the_generated_ones(model: GPT) -> None:
         ({"stop": ["end"]}, "stop holds the string 'end', which needs `decode`"),
         ({"stop": [[]]}, "may not hold an empty string or sequence"),
         ({"stop": ""}, "may not hold an empty string or sequence"),
-        ({"prompt": torch.zeros(1, 0, dtype=torch.int64)}, "T >= 1 is needed"),
-        ({"prompt": torch.zeros(3, dtype=torch.int64)}, r"shape \(3,\); \(B, T\) with T >= 1"),
+        ({"prompt": torch.zeros(1, 0, dtype=torch.int64)}, "it must be \\(T,\\), T >= 1"),
+        (
+            {"prompt": torch.zeros(3, dtype=torch.int64)},
+            r"shape \(3,\); it must be \(B, T\) with T >= 1",
+        ),
         ({"prompt": torch.zeros(0, 3, dtype=torch.int64)}, "there is no prompt"),
         ({"prompt": []}, "there is no prompt"),
-        ({"prompt": [[1, 2]]}, "prompt 0 is a list; a tensor of ids is needed"),
-        ({"prompt": torch.zeros(1, 3)}, "prompt 0 is torch.float32; ids are whole numbers"),
-        ({"prompt": torch.tensor([[1], [11]])}, "prompt 1 holds the id 11; the vocabulary has 0"),
+        ({"prompt": [[1, 2]]}, "prompt 0 is a list; it must be a tensor of ids"),
+        ({"prompt": torch.zeros(1, 3)}, "prompt 0 is torch.float32; ids must be whole numbers"),
+        ({"prompt": torch.tensor([[1], [11]])}, "prompt 1 holds the id 11; allowed are 0 to 10"),
         (
             {"prompt": [torch.tensor([1]), torch.tensor([], dtype=torch.int64)]},
             "prompt 1 has shape",
@@ -339,4 +345,4 @@ def test_streamed_tokens_are_the_generated_ones(model: GPT) -> None:
 def test_a_bad_setting_is_named(model: GPT, settings: dict[str, object], named: str) -> None:
     arguments = {"prompt": torch.zeros(1, 1, dtype=torch.int64), "max_new_tokens": 1, **settings}
     with pytest.raises(ValueError, match=named):
-        stream(model, **arguments)  # at once, not with the first token
+        stream(model, **arguments)  # raised by the call, before the first token

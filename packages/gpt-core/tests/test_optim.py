@@ -21,7 +21,7 @@ def test_orthogonalised_matrices_keep_their_singular_vectors(shape: tuple[int, i
     assert in_its_basis.diagonal().max() < 1.3
 
 
-def test_matrices_step_as_torchs_own_muon() -> None:
+def test_matrices_are_updated_as_by_torchs_muon() -> None:
     torch.manual_seed(1)
     ours, theirs = (nn.Parameter(torch.ones(6, 10)) for _ in range(2))
     settings = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.95}
@@ -31,11 +31,11 @@ def test_matrices_step_as_torchs_own_muon() -> None:
         ours.grad = theirs.grad = torch.randn(6, 10)
         mine.step()
         reference.step()
-    # both iterate in bf16, in a different order of rounding
+    # both iterate in bf16, but round in a different order
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-3 * 0.01 * 5)
 
 
-def test_other_parameters_step_as_torchs_own_adamw() -> None:
+def test_other_parameters_are_updated_as_by_torchs_adamw() -> None:
     torch.manual_seed(2)
     ours, theirs = (nn.Parameter(torch.ones(7)) for _ in range(2))
     mine = Muon([], [ours], lr=0.01)
@@ -47,7 +47,7 @@ def test_other_parameters_step_as_torchs_own_adamw() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_a_fused_qkv_matrix_steps_as_its_three_parts() -> None:
+def test_a_fused_qkv_matrix_is_updated_as_its_three_parts() -> None:
     torch.manual_seed(3)
     fused, gradient = nn.Parameter(torch.zeros(12, 4)), torch.randn(12, 4)
     parts = [nn.Parameter(torch.zeros(4, 4)) for _ in range(3)]
@@ -60,13 +60,13 @@ def test_a_fused_qkv_matrix_steps_as_its_three_parts() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_every_parameter_is_stepped_once(model: GPT, name: str) -> None:
+def test_every_parameter_is_in_exactly_one_group(model: GPT, name: str) -> None:
     optimizer = build_optimizer(model, name, learning_rate=1e-3)
     stepped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(stepped) == sorted(id(p) for p in model.parameters())
 
 
-def test_adamw_decays_matrices_and_embeddings_alone(model: GPT) -> None:
+def test_adamw_decays_only_matrices_and_embeddings(model: GPT) -> None:
     optimizer = build_optimizer(model, "adamw", learning_rate=1e-3, weight_decay=0.3)
     names = {id(p): name for name, p in model.named_parameters()}
     decay = {
@@ -79,7 +79,7 @@ def test_adamw_decays_matrices_and_embeddings_alone(model: GPT) -> None:
 
 
 def test_muon_takes_the_hidden_matrices_and_splits_the_fused_one(model: GPT) -> None:
-    """With plain momentum off, one step moves each of its matrices along an orthogonal one."""
+    """The first step without weight decay moves each matrix by a nearly orthogonal matrix."""
     optimizer = build_optimizer(model, "muon", learning_rate=1.0, weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(*torch.randint(11, (2, 4, 8))).loss.backward()
@@ -94,7 +94,7 @@ def test_muon_takes_the_hidden_matrices_and_splits_the_fused_one(model: GPT) -> 
             assert singular.max() < 1.3, name
 
 
-def test_a_copied_muon_steps_as_the_original() -> None:
+def test_a_copied_or_unpickled_muon_updates_as_the_original() -> None:
     torch.manual_seed(4)
     weight = nn.Parameter(torch.randn(12, 4))
     original = Muon([weight], [], lr=0.1, parts=lambda _: 3, dtype=torch.float64)
@@ -128,7 +128,7 @@ def test_a_restored_state_continues_bit_for_bit(model: GPT, name: str) -> None:
         assert torch.equal(one, other)
 
 
-def test_the_learning_rate_rises_linearly_and_stays() -> None:
+def test_the_learning_rate_rises_linearly_and_stays_at_the_peak() -> None:
     rates = [learning_rate_at(step, peak=0.8, warmup_steps=4) for step in range(1, 7)]
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
     assert learning_rate_at(1, peak=0.8) == 0.8
@@ -178,7 +178,7 @@ def test_the_learning_rate_is_stable_before_it_decays() -> None:
         ({"schedule": "linear", "total_steps": 0}, "total_steps is 0"),
         (
             {"schedule": "warmup-stable-decay", "total_steps": 9, "decay_steps": 10},
-            "room for 0 steps of warm-up and 10 of decay",
+            "room for 0 steps of warm-up and 10 steps of decay",
         ),
         ({"floor": 2.0}, "floor is 2.0; it must be at least 0 and at most peak, 1.0"),
         ({"floor": -0.1}, "floor is -0.1"),

@@ -1,4 +1,4 @@
-"""Every optimised path of one training step against the formula in plain fp32."""
+"""Compare each fast path of a training step with the plain formula in fp32."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ CONFIG = GPTConfig(31, 72, 3, 4, 32, bias=True, dropout=0.0)
 Batch = tuple[Tensor, Tensor]
 
 
-def of_the_formula(model: GPT, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def plain_loss_and_gradients(model: GPT, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     names = [name for name, _ in model.named_parameters()]
     values = [p.detach().clone().requires_grad_() for p in model.parameters()]
     loss = plain_loss(
@@ -24,7 +24,7 @@ def of_the_formula(model: GPT, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]
     return loss.detach(), dict(zip(names, gradients, strict=True))
 
 
-def of_the_path(model: torch.nn.Module, batch: Batch, **choices: object) -> Tensor:
+def loss_of_step(model: torch.nn.Module, batch: Batch, **choices: object) -> Tensor:
     runtime = Runtime.resolve(
         device="cpu", **{"precision": "fp32", "compile": "off", "micro_batch_tokens": 0, **choices}
     )
@@ -32,31 +32,31 @@ def of_the_path(model: torch.nn.Module, batch: Batch, **choices: object) -> Tens
 
 
 def blocked(model: GPT, batch: Batch) -> Tensor:
-    return of_the_path(model.train(), batch)
+    return loss_of_step(model.train(), batch)
 
 
 def fused(model: GPT, batch: Batch) -> Tensor:
-    """`scaled_dot_product_attention` serves where the blocks are not asked for."""
+    """Replace blocked attention by `scaled_dot_product_attention`."""
     for block in model.transformer.h:
         block.attn.forward = lambda x, cache=None, attn=block.attn: attn.c_proj(
             attn._fused(attn.c_attn(x), None, 0.0)
         )
-    return of_the_path(model.train(), batch)
+    return loss_of_step(model.train(), batch)
 
 
 def accumulated(model: GPT, batch: Batch) -> Tensor:
-    """Slices of 2, 2 and 1 rows whose targets count differently."""
-    return of_the_path(model.train(), batch, micro_batch_tokens=2 * CONFIG.block_size)
+    """Cut the batch into slices of 2, 2 and 1 rows, with different numbers of targets."""
+    return loss_of_step(model.train(), batch, micro_batch_tokens=2 * CONFIG.block_size)
 
 
 def chunked(model: GPT, batch: Batch) -> Tensor:
     model.loss_chunk = 50
-    return of_the_path(model.train(), batch)
+    return loss_of_step(model.train(), batch)
 
 
 def compiled(model: GPT, batch: Batch) -> Tensor:
     traced = torch.compile(model.train(), fullgraph=True, dynamic=False, backend="aot_eager")
-    return of_the_path(traced, batch)
+    return loss_of_step(traced, batch)
 
 
 def compiled_chunked(model: GPT, batch: Batch) -> Tensor:
@@ -65,7 +65,7 @@ def compiled_chunked(model: GPT, batch: Batch) -> Tensor:
 
 
 def bf16(model: GPT, batch: Batch) -> Tensor:
-    return of_the_path(model.train(), batch, precision="bf16")
+    return loss_of_step(model.train(), batch, precision="bf16")
 
 
 def bf16_chunked(model: GPT, batch: Batch) -> Tensor:
@@ -73,9 +73,10 @@ def bf16_chunked(model: GPT, batch: Batch) -> Tensor:
     return bf16(model, batch)
 
 
-# fp32 keeps 24 bits: sums of some hundred terms in another order differ by a few 1e-6 of their
-# size. bf16 keeps 8: a value is off by up to 2^-9, 0.2 %, at each of the dozen roundings that a
-# gradient passes through; most of it averages out, and a few per cent of the norm remain.
+# fp32 has a precision of 24 bits. Sums of some hundred terms in another order differ by a relative
+# error of a few 1e-6. bf16 has a precision of 8 bits. Each rounding to it has a relative error of up
+# to 2^-9, or 0.2 %. A gradient passes through about a dozen roundings. Most errors average out, and a
+# few per cent of the norm remain.
 @pytest.mark.parametrize(
     ("path", "loss_tolerance", "gradient_tolerance"),
     [
@@ -90,7 +91,7 @@ def bf16_chunked(model: GPT, batch: Batch) -> Tensor:
     ],
     ids=lambda value: value.__name__ if callable(value) else None,
 )
-def test_loss_and_gradients_are_those_of_the_formula(
+def test_loss_and_gradients_match_the_plain_formula(
     path: Callable[[GPT, Batch], Tensor], loss_tolerance: float, gradient_tolerance: float
 ) -> None:
     torch.manual_seed(0)
@@ -100,7 +101,7 @@ def test_loss_and_gradients_are_those_of_the_formula(
     x, y = torch.randint(CONFIG.vocab_size, (2, 5, CONFIG.block_size))
     y[0, :60] = -1
     y[4] = -1
-    expected_loss, expected = of_the_formula(model, (x, y))
+    expected_loss, expected = plain_loss_and_gradients(model, (x, y))
     loss = path(model, (x, y))
     assert loss.item() == pytest.approx(expected_loss.item(), rel=loss_tolerance)
     for name, parameter in model.named_parameters():

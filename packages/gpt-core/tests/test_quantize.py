@@ -17,20 +17,21 @@ from gpt_core.quantize import KERNEL_ROWS, Int8Linear
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, KERNEL_ROWS, KERNEL_ROWS + 1, 200])
-def test_a_product_is_off_by_the_rounding_of_its_weights(rows: int, bias: bool) -> None:
+def test_the_error_of_a_product_is_rounding_error(rows: int, bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(96, 32, bias=bias)
     x = torch.randn(rows, 3, 96) if rows > KERNEL_ROWS else torch.randn(rows, 96)
     exact, rounded = linear(x), Int8Linear(linear)(x).float()
     assert rounded.shape == exact.shape
-    # a weight is off by at most half a step of 1/127 of the largest, an activation and a result of
-    # the kernel by 2^-9; these are independent, so that their squares add up over 96 terms
+    # The error of a weight is uniform within half a step. A step is 1/127 of the largest weight. The
+    # relative error of inputs and outputs in bf16 is at most 2^-9. The errors of the 96 terms
+    # are independent, so their squares add up.
     step = linear.weight.detach().abs().amax(1) / 127
     deviation = (step / 12**0.5) * x.square().sum(-1, keepdim=True).sqrt()
     assert ((rounded - exact).abs() <= 6 * deviation + 0.01 * exact.abs() + 0.005).all()
 
 
-def test_weights_are_rounded_to_the_nearest_of_255() -> None:
+def test_weights_are_rounded_to_the_nearest_of_255_levels() -> None:
     torch.manual_seed(1)
     linear = nn.Linear(40, 7)
     nn.init.zeros_(linear.weight[3])
@@ -52,7 +53,7 @@ def test_a_quantized_model_predicts_nearly_the_same() -> None:
         assert int8_weights(model)(idx, targets).loss.item() == pytest.approx(loss, rel=0.01)
 
 
-def test_the_model_itself_stays_as_it_was(model: GPT) -> None:
+def test_the_original_model_does_not_change(model: GPT) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     quantized = int8_weights(model)
     assert not any(p.requires_grad for p in quantized.parameters())
@@ -61,8 +62,8 @@ def test_the_model_itself_stays_as_it_was(model: GPT) -> None:
     assert quantized.lm_head.weight is quantized.transformer.wte.weight
 
 
-def test_many_rows_are_written_as_the_weights_turned_back_would(model: GPT) -> None:
-    """Above KERNEL_ROWS rows both compute in fp32 with the same rounded weights."""
+def test_many_rows_give_the_text_of_the_dequantized_model(model: GPT) -> None:
+    """With more than KERNEL_ROWS rows, both models compute in fp32 with equal weights."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     quantized = int8_weights(model)
@@ -79,7 +80,7 @@ def test_many_rows_are_written_as_the_weights_turned_back_would(model: GPT) -> N
 
 @pytest.mark.parametrize("width", [1, 7, 8, 30, 33, 36, 40, 50, 64, 100])
 @pytest.mark.parametrize("rows", [0, 1, 3])
-def test_every_width_is_multiplied(width: int, rows: int) -> None:
+def test_every_width_can_be_multiplied(width: int, rows: int) -> None:
     torch.manual_seed(3)
     linear, x = nn.Linear(width, 5), torch.randn(rows, width)
     layer = Int8Linear(linear)
@@ -88,18 +89,18 @@ def test_every_width_is_multiplied(width: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_model_of_another_dtype_writes_with_int8_weights(dtype: torch.dtype) -> None:
+def test_models_of_other_dtypes_can_write_with_int8_weights(dtype: torch.dtype) -> None:
     model = GPT(GPTConfig(11, 8, 2, 2, 32, bias=True)).to(dtype)
     assert generate(int8_weights(model), torch.tensor([[1], [2]]), 12, seed=0).shape == (2, 13)
 
 
 @pytest.mark.parametrize("export", [to_hf_gpt2, lambda m: to_nanogpt_checkpoint(m, "never.pt")])
-def test_a_quantized_model_is_not_exported_as_another(model: GPT, export) -> None:
+def test_a_quantized_model_cannot_be_exported(model: GPT, export) -> None:
     with pytest.raises(CheckpointError, match=r"c_attn\.scale is not part of the model"):
         export(int8_weights(model))
 
 
-def test_a_quantized_model_is_not_saved_as_another(model: GPT, tmp_path) -> None:
+def test_a_quantized_model_cannot_be_saved(model: GPT, tmp_path) -> None:
     save_pretrained(model, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     with pytest.raises(

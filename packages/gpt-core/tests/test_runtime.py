@@ -16,7 +16,7 @@ def test_auto_is_resolved_and_explained() -> None:
     assert runtime.micro_batch_tokens == (2048 if runtime.device.type == "cpu" else 0)
 
 
-def test_a_choice_is_kept_and_needs_no_reason() -> None:
+def test_an_explicit_choice_is_kept_without_a_reason() -> None:
     runtime = Runtime.resolve(
         device="cpu", precision="bf16", compile="off", micro_batch_tokens=0, threads=1
     )
@@ -35,7 +35,7 @@ def test_a_choice_is_kept_and_needs_no_reason() -> None:
     [
         ({"device": "gpu"}, "device is 'gpu'; allowed are auto, cpu, cuda, mps"),
         ({"device": "meta"}, "device is 'meta'"),
-        ({"device": "cuda:99"}, "no such device here"),
+        ({"device": "cuda:99"}, "no such device"),
         ({"precision": "fp8"}, "precision is 'fp8'; allowed are auto, fp32, bf16"),
         ({"compile": "yes"}, "compile is 'yes'; allowed are auto, on, off"),
         ({"micro_batch_tokens": -1}, "micro_batch_tokens is -1"),
@@ -51,14 +51,14 @@ def test_an_unknown_choice_is_named(choice: dict[str, str], named: str) -> None:
 @pytest.mark.parametrize(
     ("quota", "affinity", "threads"),
     [
-        ("max 100000", 64, 8),  # PyTorch's own choice stays
+        ("max 100000", 64, 8),  # PyTorch's own number
         ("max 100000", 3, 3),
         ("400000 100000", 64, 4),
         ("150000 100000", 64, 1),
         ("50000 100000", 64, 1),  # half a CPU is one thread
     ],
 )
-def test_no_more_threads_than_the_process_may_use(
+def test_the_thread_count_respects_affinity_and_quota(
     quota: str, affinity: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpu.max").write_text(quota + "\n")
@@ -70,7 +70,7 @@ def test_no_more_threads_than_the_process_may_use(
     assert any("threads" in reason for reason in resolved.reasons) is (threads < 8)
 
 
-def test_the_thread_count_is_set_where_the_model_is_prepared(model: GPT) -> None:
+def test_preparing_a_model_sets_the_thread_count(model: GPT) -> None:
     before = torch.get_num_threads()
     try:
         Runtime.resolve(device="cpu", threads=before + 1).prepare(model)

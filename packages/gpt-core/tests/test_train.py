@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from gpt_core import GPT, Progress, Runtime, TrainingDiverged, build_optimizer, evaluate
+from gpt_core import GPT, GPTConfig, Progress, Runtime, TrainingDiverged, build_optimizer, evaluate
 from gpt_core.train import Batch, train_steps
 
 
@@ -14,7 +14,7 @@ def batches(count: int, rows: int = 4) -> list[Batch]:
     return [(window[:, :-1], window[:, 1:]) for window in drawn]
 
 
-def test_steps_equal_a_loop_written_by_hand(model: GPT, tiny, cpu: Runtime) -> None:
+def test_steps_equal_a_loop_written_by_hand(model: GPT, tiny: GPTConfig, cpu: Runtime) -> None:
     by_hand = GPT(tiny)
     by_hand.load_state_dict(model.state_dict())
     data = batches(7)
@@ -27,7 +27,7 @@ def test_steps_equal_a_loop_written_by_hand(model: GPT, tiny, cpu: Runtime) -> N
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    news: list[Progress] = []
+    reports: list[Progress] = []
     result = train_steps(
         model,
         data,
@@ -35,11 +35,11 @@ def test_steps_equal_a_loop_written_by_hand(model: GPT, tiny, cpu: Runtime) -> N
         steps=7,
         runtime=cpu,
         grad_clip=0.5,
-        on_progress=news.append,
+        on_progress=reports.append,
         progress_seconds=0.0,
     )
-    assert [item.loss for item in news] == pytest.approx(losses)
-    assert news[-1].tokens_per_second == pytest.approx(result.tokens / result.seconds, rel=0.1)
+    assert [report.loss for report in reports] == pytest.approx(losses)
+    assert reports[-1].tokens_per_second == pytest.approx(result.tokens / result.seconds, rel=0.1)
     assert result.loss == pytest.approx(sum(losses) / 7)
     assert (result.steps, result.tokens) == (7, 7 * 4 * 8)
     for one, other in zip(model.parameters(), by_hand.parameters(), strict=True):
@@ -75,16 +75,16 @@ def test_each_step_takes_its_learning_rate(model: GPT, cpu: Runtime) -> None:
     assert weight.item() == 0.5 + 0.25 + 0.125
 
 
-def test_progress_tells_the_first_and_the_last_step(model: GPT, cpu: Runtime) -> None:
-    news: list[Progress] = []
+def test_progress_is_reported_after_the_first_and_the_last_step(model: GPT, cpu: Runtime) -> None:
+    reports: list[Progress] = []
     optimizer = build_optimizer(model, learning_rate=0.01)
-    train_steps(model, batches(5), optimizer, steps=5, runtime=cpu, on_progress=news.append)
-    assert [item.step for item in news] == [1, 5]
-    assert news[-1].seconds_left == 0
-    assert "step 5/5  loss" in str(news[-1])
+    train_steps(model, batches(5), optimizer, steps=5, runtime=cpu, on_progress=reports.append)
+    assert [report.step for report in reports] == [1, 5]
+    assert reports[-1].seconds_left == 0
+    assert "step 5/5  loss" in str(reports[-1])
 
 
-def test_a_loss_that_is_no_number_ends_the_training(model: GPT, cpu: Runtime) -> None:
+def test_a_loss_of_nan_stops_the_training(model: GPT, cpu: Runtime) -> None:
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     optimizer = build_optimizer(model, learning_rate=0.01)
@@ -97,30 +97,30 @@ def test_a_loss_that_is_no_number_ends_the_training(model: GPT, cpu: Runtime) ->
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
-def test_a_gradient_that_is_no_number_ends_the_training(
+def test_an_infinite_gradient_stops_the_training(
     model: GPT, cpu: Runtime, grad_clip: float
 ) -> None:
     model.transformer.wpe.weight.register_hook(lambda grad: grad * math.inf)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = build_optimizer(model, learning_rate=0.01)
-    with pytest.raises(TrainingDiverged, match=r"norm (nan|inf) at step 1 of 3"):
+    with pytest.raises(TrainingDiverged, match=r"norm is (nan|inf) at step 1 of 3"):
         train_steps(model, batches(3), optimizer, steps=3, runtime=cpu, grad_clip=grad_clip)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("tokens", [0, 8])
-def test_a_batch_that_cannot_be_trained_on_says_why(model: GPT, tokens: int) -> None:
+def test_a_batch_without_use_is_an_error_that_says_why(model: GPT, tokens: int) -> None:
     runtime = Runtime.resolve(device="cpu", precision="fp32", micro_batch_tokens=tokens)
     optimizer = build_optimizer(model, learning_rate=0.01)
     x, y = batches(1)[0]
     nothing = [(x, torch.full_like(y, -1))]
-    with pytest.raises(ValueError, match="no target counts at step 1 of 1: all are -1"):
+    with pytest.raises(ValueError, match="at step 1 of 1 all targets are -1"):
         train_steps(model, nothing, optimizer, steps=1, runtime=runtime)
     for use in (
         lambda: train_steps(model, [(x, y[:3])], optimizer, steps=1, runtime=runtime),
         lambda: evaluate(model, [(x, y[:3])], runtime=runtime),
     ):
-        with pytest.raises(ValueError, match="x has 4 rows and y 3"):
+        with pytest.raises(ValueError, match="x has 4 rows and y has 3"):
             use()
     with pytest.raises(ValueError, match="grad_clip is -1"):
         train_steps(model, [(x, y)], optimizer, steps=1, runtime=runtime, grad_clip=-1)
@@ -144,7 +144,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(model: GPT, cpu: Runtime) 
 
 
 def test_evaluation_counts_each_target_once(model: GPT) -> None:
-    """Rows of which some count less than others, in slices and batches of every size."""
+    """Rows with few targets or none weigh less, in slices and batches of every size."""
     x, y = batches(1, rows=12)[0]
     y = y.clone()
     y[3, 2:], y[7], y[8, :5] = -1, -1, -1
@@ -156,7 +156,7 @@ def test_evaluation_counts_each_target_once(model: GPT) -> None:
             assert evaluate(model, parts, runtime=runtime) == pytest.approx(whole, rel=1e-6)
 
 
-def test_slices_take_the_step_of_the_whole_batch(tiny) -> None:
+def test_slices_give_the_same_steps_as_whole_batches(tiny: GPTConfig) -> None:
     data = [(x, y.clone()) for x, y in batches(3, rows=7)]
     data[1][1][2:4] = -1
     stepped = []
@@ -175,14 +175,14 @@ def test_slices_take_the_step_of_the_whole_batch(tiny) -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_no_more_batches_are_drawn_than_steps_taken(model: GPT, cpu: Runtime) -> None:
+def test_no_more_batches_are_drawn_than_needed(model: GPT, cpu: Runtime) -> None:
     iterator = iter(batches(5))
     optimizer = build_optimizer(model, learning_rate=0.01)
     train_steps(model, iterator, optimizer, steps=3, runtime=cpu)
     assert len(list(iterator)) == 2
 
 
-def test_evaluation_restores_the_mode(model: GPT, cpu: Runtime) -> None:
+def test_evaluation_restores_the_mode_of_the_model(model: GPT, cpu: Runtime) -> None:
     for training in (True, False):
         model.train(training)
         evaluate(model, batches(1), runtime=cpu)
@@ -192,5 +192,5 @@ def test_evaluation_restores_the_mode(model: GPT, cpu: Runtime) -> None:
 def test_nothing_to_evaluate_is_an_error(model: GPT, cpu: Runtime) -> None:
     x, y = batches(1)[0]
     for nothing in ([], [(x, torch.full_like(y, -1))]):
-        with pytest.raises(ValueError, match="no target"):
+        with pytest.raises(ValueError, match="nothing to evaluate"):
             evaluate(model, nothing, runtime=cpu)

@@ -1,4 +1,4 @@
-"""A small GPT: the model, training and generation."""
+"""A small GPT in PyTorch: the model, training, generation and checkpoints."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -21,7 +21,7 @@ from gpt_core.train import Progress, TrainingDiverged, TrainResult, evaluate, tr
 
 try:
     __version__ = version("gpt-core")
-except PackageNotFoundError:  # run from the source directory
+except PackageNotFoundError:  # not installed: imported from the source directory
     __version__ = "0.0.0"
 
 __all__ = [

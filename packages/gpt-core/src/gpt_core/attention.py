@@ -1,10 +1,10 @@
-"""Causal self-attention for training on a CPU, as blocks of plain matrix products.
+"""Causal self-attention for training on a CPU, computed in blocks of matrix products.
 
-PyTorch's flash kernel for CPUs runs far below the speed of its matrix products. Here the queries
-are cut into blocks, each of which meets only the keys up to its own end, so that little more than
-the causal half is computed, all of it by batched matrix products; the backward pass reads the
-probabilities instead of computing them again. It keeps about 2 B H T^2 bytes of them in fp32,
-which is why long sequences stay with the flash kernel.
+PyTorch's flash attention for CPUs is much slower than its matrix products. This module cuts the
+queries into blocks. Each block is multiplied only with the keys up to its own end, so little more
+than the causal half is computed. The forward pass stores the attention weights, and the backward
+pass reuses them. They take about 2 B n_head T^2 bytes in fp32, so long sequences use the flash
+kernel instead.
 """
 
 import math
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 64  # queries; the fastest of 32, 64, 128, 256 at T = 256 and head size 64
-LONGEST = 512  # tokens
+BLOCK = 64  # queries; of 32, 64, 128 and 256 the fastest at T = 256 and head size 64
+MAX_LENGTH = 512  # tokens
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
@@ -28,37 +28,39 @@ class _BlockedCausalAttention(torch.autograd.Function):
         B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         D = C // n_head
         heads = qkv.view(B, T, 3, n_head, D).permute(2, 0, 3, 1, 4).reshape(3, B * n_head, T, D)
-        q, k, v = heads
+        q, k, v = heads  # each (B n_head, T, D)
         future = qkv.new_full((BLOCK, BLOCK), -math.inf).triu_(1)
         y = qkv.new_empty(B, T, n_head, D)
         rows = y.transpose(1, 2)  # (B, n_head, T, D)
-        kept = []
+        weights = []
         for start, end in _blocks(T):
             mask = qkv.new_zeros(end - start, end)
             mask[:, start:] = future[: end - start, : end - start]
             p = torch.baddbmm(mask, q[:, start:end], k[:, :end].mT, alpha=1 / math.sqrt(D))
             torch.softmax(p, -1, out=p)  # (B n_head, end - start, end)
             rows[:, :, start:end] = torch.bmm(p, v[:, :end]).view(B, n_head, -1, D)
-            kept.append(p)
-        ctx.save_for_backward(heads, *kept)
+            weights.append(p)
+        ctx.save_for_backward(heads, *weights)
         ctx.shape = B, T, n_head, D
         return y.view(B, T, C)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled():  # create_graph: what follows would be taken for a constant
+        if (
+            torch.is_grad_enabled()
+        ):  # with create_graph, autograd would treat the result as constant
             raise RuntimeError("blocked attention has no second derivative")
-        heads, *kept = ctx.saved_tensors
+        heads, *weights = ctx.saved_tensors
         B, T, n_head, D = ctx.shape
         q, k, v = heads
         scale = 1 / math.sqrt(D)
         grad = grad.view(B, T, n_head, D).transpose(1, 2).reshape(B * n_head, T, D)
         out = grad.new_empty(B, T, 3, n_head, D)
         dq, dk, dv = out.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, D)
-        # one contiguous pair for each block of keys, filled by its own queries and added to by
-        # all later ones
+        # For each block of keys, one contiguous pair of sums: the gradients of its keys and values.
+        # Its own queries create the pair, and all later queries add to it.
         sums: list[tuple[Tensor, Tensor]] = []
-        for (start, end), p in zip(_blocks(T), kept, strict=True):
+        for (start, end), p in zip(_blocks(T), weights, strict=True):
             g, queries = grad[:, start:end], q[:, start:end]
             dp = torch.bmm(g, v[:, :end].mT)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
@@ -74,25 +76,31 @@ class _BlockedCausalAttention(torch.autograd.Function):
 
 
 def blocked_causal_attention(qkv: Tensor, n_head: int) -> Tensor:
-    """Causal attention of contiguous queries, keys and values.
+    """Compute causal self-attention in blocks of matrix products.
 
     Args:
-        qkv: (B, T, 3 C), each third n_head heads of C / n_head channels; any floating dtype.
+        qkv: (B, T, 3 C), contiguous, of any floating dtype. The last dimension holds queries, keys
+            and values, each with n_head heads of C / n_head channels.
+        n_head: number of heads. It must divide C.
 
     Returns:
-        (B, T, C), differentiable once.
+        (B, T, C), in the dtype of `qkv`. It can be differentiated once.
     """
     attended: Tensor = _BlockedCausalAttention.apply(qkv, n_head)  # type: ignore[no-untyped-call]
     return attended
 
 
 def blocked_is_faster(qkv: Tensor) -> bool:
-    """Whether this input (B, T, 3 C) is one for `blocked_causal_attention`: fp32, CPU, training."""
+    """Return whether `blocked_causal_attention` is the faster choice for `qkv`, (B, T, 3 C).
+
+    It is for training on a CPU in fp32 or float64, with 2 to 512 tokens.
+    """
     return (
         qkv.device.type == "cpu"
         and qkv.dtype in (torch.float32, torch.float64)
         and qkv.requires_grad
-        and 1 < qkv.size(1) <= LONGEST
+        and 1 < qkv.size(1) <= MAX_LENGTH
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()  # which need another form of function
+        # torch.func transforms do not accept this form of autograd function
+        and not torch._C._are_functorch_transforms_active()
     )

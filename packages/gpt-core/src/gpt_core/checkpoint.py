@@ -1,4 +1,4 @@
-"""A model on disk: `config.json` and `model.safetensors`."""
+"""Saving and loading a model as `config.json` and `model.safetensors`."""
 
 import json
 import tempfile
@@ -16,21 +16,30 @@ from gpt_core.model import GPT, uncompiled
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-TIED = "lm_head.weight"  # the same tensor as transformer.wte.weight, stored once
+HEAD = "lm_head.weight"  # the same tensor as EMBEDDING, so it is not stored
+EMBEDDING = "transformer.wte.weight"
 
 
 class CheckpointError(ValueError):
-    """A model that cannot be loaded or written; the message names the file and what is wrong."""
+    """A model that cannot be loaded, saved or converted.
+
+    The message names the file or the model, and each key or tensor that is wrong.
+    """
 
 
 def save_pretrained(model: GPT, directory: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`, each beside its place and then moved into it.
+    """Save the model as `config.json` and `model.safetensors`.
 
-    A model that `torch.compile` wraps is written as the model that it wraps.
+    Both files are written to a temporary directory and moved when they are complete. A failed save
+    therefore leaves an older model intact, unless the second move fails.
+
+    Args:
+        model: the model. Of a compiled model, the model inside is saved.
+        directory: the directory to write to. It is created if it does not exist.
 
     Raises:
-        CheckpointError: if the directory cannot be written, or the model is no longer the one of
-            its configuration (int8 weights, say); what was in the directory is still there.
+        CheckpointError: if the directory cannot be written, or if the model no longer has the
+            tensors of its configuration (for example with int8 weights).
     """
     directory = Path(directory)
     model = uncompiled(model)
@@ -38,11 +47,11 @@ def save_pretrained(model: GPT, directory: str | Path) -> None:
     settings = json.dumps(model.config.to_dict(), indent=2) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
-            weights, config = Path(beside) / WEIGHTS_FILE, Path(beside) / CONFIG_FILE
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+            weights, config = Path(temporary) / WEIGHTS_FILE, Path(temporary) / CONFIG_FILE
             save_file(tensors, weights, metadata={"format": "pt"})
             config.write_text(settings, encoding="utf-8")
-            # safetensors lets nobody but the owner read; the user's umask decides
+            # safetensors makes its file readable by the owner only; give it the umask's mode
             weights.chmod(config.stat().st_mode)
             for written in (weights, config):
                 written.replace(directory / written.name)
@@ -51,11 +60,15 @@ def save_pretrained(model: GPT, directory: str | Path) -> None:
 
 
 def from_pretrained(directory: str | Path) -> GPT:
-    """The model that `save_pretrained` wrote, in its dtype, on the CPU, in evaluation mode.
+    """Load a model that `save_pretrained` wrote.
+
+    Returns:
+        The model on the CPU, in its saved dtype and in evaluation mode. No random numbers are
+        drawn.
 
     Raises:
-        CheckpointError: for a missing or unreadable file, an unknown setting, or tensors whose
-            names, shapes or kinds do not fit the configuration (each is named).
+        CheckpointError: if a file is missing or unreadable, a setting is unknown or out of its
+            range, or a tensor's name, shape or dtype does not fit the configuration.
     """
     directory = Path(directory)
     config = _read_config(directory / CONFIG_FILE)
@@ -64,44 +77,49 @@ def from_pretrained(directory: str | Path) -> GPT:
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{weights} cannot be read: {error}") from error
-    wrong = misfits(config, tensors)
+    wrong = mismatches(config, tensors)
     if wrong:
         raise CheckpointError(f"{weights} does not fit {CONFIG_FILE}: {'; '.join(wrong)}")
     return assemble(config, tensors)
 
 
 def weights_of(model: GPT) -> dict[str, Tensor]:
-    """The model's tensors under their names, tied ones once, sharing its memory.
+    """Return the model's tensors by name, without the head, which shares the embedding.
+
+    The tensors share memory with the model.
 
     Raises:
-        CheckpointError: for a model that is no longer the one of its configuration.
+        CheckpointError: if the model no longer has the tensors of its configuration.
     """
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    head = tensors.pop(TIED, None)
-    wrong = misfits(model.config, tensors)
-    if not wrong and head is not None and not same(head, tensors["transformer.wte.weight"]):
-        wrong = [f"{TIED} differs from transformer.wte.weight"]
+    head = tensors.pop(HEAD, None)
+    wrong = mismatches(model.config, tensors)
+    if not wrong and head is not None and not equal(head, tensors[EMBEDDING]):
+        wrong = [f"{HEAD} differs from {EMBEDDING}"]
     if wrong:
-        raise CheckpointError(f"the model is not that of its configuration: {'; '.join(wrong)}")
+        raise CheckpointError(f"the model does not fit its configuration: {'; '.join(wrong)}")
     return tensors
 
 
-def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one, or equal, a NaN being equal to a NaN."""
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same dtype, shape and values. NaN equals NaN."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _empty(config: GPTConfig) -> GPT:
-    """The model without memory for its weights, and without a draw from any generator."""
+    """Build a model without memory for its weights and without drawing random numbers."""
     with torch.device("meta"):
         return GPT(config)
 
 
-def misfits(config: GPTConfig, tensors: Mapping[str, Tensor]) -> list[str]:
-    """What keeps these tensors from being the weights of a model, in words, one entry a tensor."""
-    expected = {name: t.shape for name, t in _empty(config).state_dict().items() if name != TIED}
+def mismatches(config: GPTConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+    """List how these tensors differ from the weights that the configuration needs.
+
+    Each entry is a text about one tensor. The list is empty if all tensors fit.
+    """
+    expected = {name: t.shape for name, t in _empty(config).state_dict().items() if name != HEAD}
     wrong = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
     wrong += [
         f"{name} is not part of the model" for name in sorted(tensors.keys() - expected.keys())
@@ -115,9 +133,9 @@ def misfits(config: GPTConfig, tensors: Mapping[str, Tensor]) -> list[str]:
         elif tensor.dtype not in DTYPES:
             wrong.append(f"{name} is {tensor.dtype}; allowed are {', '.join(map(str, DTYPES))}")
     if not wrong:
-        main = tensors["transformer.wte.weight"].dtype
+        main = tensors[EMBEDDING].dtype
         wrong = [
-            f"{name} is {tensor.dtype}, transformer.wte.weight {main}"
+            f"{name} is {tensor.dtype}, but {EMBEDDING} is {main}"
             for name, tensor in tensors.items()
             if tensor.dtype != main
         ]
@@ -125,7 +143,7 @@ def misfits(config: GPTConfig, tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def assemble(config: GPTConfig, tensors: Mapping[str, Tensor]) -> GPT:
-    """The model that consists of these tensors (not copies), which fit, in evaluation mode."""
+    """Build a model in evaluation mode from tensors that fit, without copying them."""
     model = _empty(config)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
@@ -133,6 +151,7 @@ def assemble(config: GPTConfig, tensors: Mapping[str, Tensor]) -> GPT:
 
 
 def _read_config(path: Path) -> GPTConfig:
+    """Read a configuration from a JSON file, or raise a CheckpointError that names the file."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):

@@ -1,4 +1,4 @@
-"""The shape of a GPT."""
+"""Settings of a GPT: its shape, its dropout and its activation."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -6,15 +6,17 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A model setting that cannot work; the message names it, its value and what is allowed."""
+    """A setting that cannot work. The message gives its name, its value and what is allowed."""
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """nanoGPT's baby GPT by default: 10.65M parameters without position embeddings.
+    """Settings of a GPT. The defaults are nanoGPT's baby GPT.
+
+    That model has 10.65M parameters without its position embeddings.
 
     Raises:
-        ConfigError: for a shape or a rate that cannot work.
+        ConfigError: if a value is out of its range.
     """
 
     vocab_size: int = 65  # distinct tokens
@@ -22,10 +24,8 @@ class GPTConfig:
     n_layer: int = 6
     n_head: int = 6
     n_embd: int = 384  # channels; must be divisible by n_head
-    dropout: float = 0.2  # on embeddings and on both residual branches
-    attention_dropout: float = (
-        0.0  # inside attention; above 0 the fused kernel cannot serve on a CPU
-    )
+    dropout: float = 0.2  # rate, on the embeddings and on both residual branches
+    attention_dropout: float = 0.0  # rate, on attention weights; above 0 it is slow on a CPU
     bias: bool = False  # in linear layers and layer norms
     gelu_approximate: str = "none"  # "none" (nanoGPT) or "tanh" (GPT-2), as in torch's gelu
 
@@ -50,12 +50,16 @@ class GPTConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, ready for JSON."""
+        """Return all settings as a dictionary that JSON can hold."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "GPTConfig":
-        """The inverse of `to_dict`; an unknown key is refused by name."""
+        """Build a configuration from the dictionary that `to_dict` returned.
+
+        Raises:
+            ConfigError: if a key is unknown or a value is out of its range.
+        """
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(settings) - known)
         if unknown:

@@ -1,7 +1,7 @@
-"""To and from the checkpoints of nanoGPT and of Hugging Face's GPT-2.
+"""Converters between `GPT` and the checkpoints of nanoGPT and of Hugging Face's GPT-2.
 
-Both hold the tensors of `GPT` under its names. Hugging Face keeps the four matrices of a block
-transposed, (in_features, out_features), and always has biases.
+Both formats use the tensor names of `GPT`. Hugging Face's GPT-2 always has biases. It stores the
+four matrices of a block transposed, as (in_features, out_features).
 """
 
 import pickle
@@ -14,13 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpt_core.checkpoint import TIED, CheckpointError, assemble, misfits, same, weights_of
+from gpt_core.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    CheckpointError,
+    assemble,
+    equal,
+    mismatches,
+    weights_of,
+)
 from gpt_core.config import ConfigError, GPTConfig
 from gpt_core.model import GPT, uncompiled
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older releases, no weights
-_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # saved by older releases
+_WRAPPERS = ("module.", "_orig_mod.")  # from DistributedDataParallel and torch.compile
 _GELUS = {
     "gelu": "none",
     "gelu_python": "none",
@@ -28,17 +36,16 @@ _GELUS = {
     "gelu_fast": "tanh",
     "gelu_pytorch_tanh": "tanh",
 }
-# what GPT-2's configuration may ask for and this model does not have, with what it does have
-_ONLY = {
+# Settings of GPT-2's configuration that `GPT` supports with one value only.
+_FIXED_SETTINGS = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
     "layer_norm_epsilon": 1e-5,
 }
 
-
-# what `torch.load` was seen to raise for files with bytes changed at random, cut, or not there
-_UNREADABLE = (
+# Errors that `torch.load` raised in trials with missing, truncated and randomly changed files.
+_LOAD_ERRORS = (
     OSError,
     RuntimeError,
     EOFError,
@@ -53,7 +60,10 @@ _UNREADABLE = (
 
 
 class HFGPT2(NamedTuple):
-    """A model for `transformers`: `GPT2LMHeadModel(GPT2Config(**config))` takes the state dict."""
+    """A state dict and the configuration of the `GPT2LMHeadModel` that can load it.
+
+    Build that model with `GPT2LMHeadModel(GPT2Config(**config))`.
+    """
 
     state_dict: dict[str, Tensor]
     config: dict[str, Any]
@@ -62,22 +72,22 @@ class HFGPT2(NamedTuple):
 def from_hf_gpt2(
     source: nn.Module | Mapping[str, Tensor], config: Any = None, *, dropout: float | None = None
 ) -> GPT:
-    """The model of Hugging Face `transformers`' `GPT2LMHeadModel`, in evaluation mode.
+    """Convert a `GPT2LMHeadModel` of Hugging Face `transformers` to a `GPT`.
 
     Args:
-        source: the model, or its state dict (with or without the prefix `transformer.`, as
-            `model.safetensors` on the hub has it).
-        config: with a state dict, its `GPT2Config` or the content of its `config.json`; a state
-            dict does not say how many heads there are.
-        dropout: in place of the configuration's; needed where `resid_pdrop` and `embd_pdrop`
-            differ, for which this model has one setting.
+        source: the `GPT2LMHeadModel`, or its state dict. The keys of the state dict may have the
+            prefix `transformer.` or not. Files on the Hugging Face hub do not have it.
+        config: the `GPT2Config`, or the content of `config.json` as a dictionary. A state dict
+            needs it, because it does not contain the number of heads.
+        dropout: rate to use instead of the configuration's. It is needed if `resid_pdrop` and
+            `embd_pdrop` differ, because `GPT` has one setting for both.
 
     Returns:
-        A model with weights of its own, in the dtype of the source.
+        A model in evaluation mode, with copies of the weights in the dtype of the source.
 
     Raises:
-        CheckpointError: for a key that is missing, unknown or of another shape, and for a
-            configuration that this model does not have; each is named.
+        CheckpointError: if a tensor is missing, unknown or of the wrong shape, or if the
+            configuration has a setting that `GPT` does not support. The message names each.
     """
     tensors: Mapping[str, Tensor]
     if isinstance(source, nn.Module):
@@ -87,38 +97,42 @@ def from_hf_gpt2(
         tensors = source
     if config is None:
         raise CheckpointError(
-            "a state dict needs `config`, its GPT2Config or the content of its config.json"
+            "config is None; a state dict needs its GPT2Config or the content of its config.json"
         )
     if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
         raise CheckpointError(
-            f"config is a {type(config).__name__}; a GPT2Config or the content of a config.json "
-            "is needed"
+            f"config is a {type(config).__name__}; it must be a GPT2Config or the content of a "
+            "config.json"
         )
     settings = dict(config if isinstance(config, Mapping) else config.to_dict())
-    shape = _from_hf_config(settings, dropout)
+    own_config = _from_hf_config(settings, dropout)
     own: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = _stripped(key)
-        if name.endswith(_CAUSAL_MASKS):
+        name = _without_wrappers(key)
+        if name.endswith(_MASK_BUFFERS):
             continue
-        if name != TIED and not name.startswith("transformer."):
+        if name != HEAD and not name.startswith("transformer."):
             name = f"transformer.{name}"
-        # not by its shape: a square one is transposed as well
-        turned = tensor.t() if name.endswith(_TRANSPOSED) and tensor.dim() == 2 else tensor
-        own[name] = turned.detach().clone(memory_format=torch.contiguous_format)
-    return _tied("the state dict", shape, own)
+        # decided by name, because the shape does not show whether a square matrix is transposed
+        matrix = tensor.t() if name.endswith(_TRANSPOSED) and tensor.dim() == 2 else tensor
+        own[name] = matrix.detach().clone(memory_format=torch.contiguous_format)
+    return _build_model("the state dict", own_config, own)
 
 
 def to_hf_gpt2(model: GPT) -> HFGPT2:
-    """State dict and configuration of the same model for `transformers`; biases it lacks are 0.
+    """Convert a `GPT` to a state dict and a configuration for `transformers`.
 
-    The tensors are copies.
+    Biases that the model does not have are added as zeros.
+
+    Returns:
+        Copies of the tensors, and the configuration as a dictionary.
 
     Raises:
-        CheckpointError: for a model that is no longer the one of its configuration (int8 weights).
+        CheckpointError: if the model no longer has the tensors of its configuration (for example
+            with int8 weights).
     """
     model = uncompiled(model)
-    shape = model.config
+    config = model.config
     own = {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in weights_of(model).items()
@@ -127,89 +141,97 @@ def to_hf_gpt2(model: GPT) -> HFGPT2:
         if name.endswith(_TRANSPOSED):
             own[name] = own[name].t().contiguous()
         bias = name.removesuffix("weight") + "bias"
-        biased = name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight", TIED))
+        biased = name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight"))
         if biased and bias not in own:
             own[bias] = own[name].new_zeros(own[name].size(-1))
-    own[TIED] = own["transformer.wte.weight"]
-    config = {
-        "vocab_size": shape.vocab_size,
-        "n_positions": shape.block_size,
-        "n_embd": shape.n_embd,
-        "n_layer": shape.n_layer,
-        "n_head": shape.n_head,
-        "activation_function": "gelu" if shape.gelu_approximate == "none" else "gelu_new",
-        "resid_pdrop": shape.dropout,
-        "embd_pdrop": shape.dropout,
-        "attn_pdrop": shape.attention_dropout,
+    own[HEAD] = own[EMBEDDING]
+    hf_config = {
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "activation_function": "gelu" if config.gelu_approximate == "none" else "gelu_new",
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.attention_dropout,
         "layer_norm_epsilon": 1e-5,
-        # GPT-2's own, 50256, need not be in this vocabulary
+        # GPT-2's default, 50256, may be outside this vocabulary
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    return HFGPT2(own, config)
+    return HFGPT2(own, hf_config)
 
 
 def from_nanogpt_checkpoint(path: str | Path) -> GPT:
-    """The model in a `ckpt.pt` that nanoGPT's `train.py` wrote, on the CPU, in evaluation mode.
+    """Load a model from a `ckpt.pt` that nanoGPT's `train.py` wrote.
 
-    It is read with `torch.load(weights_only=True)`, which runs no code of the file. The model drops
-    inside attention as nanoGPT does: `attention_dropout` is the checkpoint's `dropout`.
+    The file is read with `torch.load(weights_only=True)`, which runs no code from the file.
+
+    Returns:
+        The model on the CPU, in evaluation mode. Its `dropout` and its `attention_dropout` are the
+        checkpoint's `dropout`, because nanoGPT uses one rate for both.
 
     Raises:
-        CheckpointError: for a file that cannot be read, settings that are missing, and a key that
-            is missing, unknown or of another shape; each is named.
+        CheckpointError: if the file cannot be read, a setting is missing or out of its range, or a
+            tensor is missing, unknown or of the wrong config. The message names each.
     """
     path = Path(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except _LOAD_ERRORS as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     for key in ("model", "model_args"):
-        if not isinstance(found, Mapping) or not isinstance(found.get(key), Mapping):
-            raise CheckpointError(f"{path} is no checkpoint of nanoGPT: it has no {key!r}")
-    arguments = dict(found["model_args"])
+        if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get(key), Mapping):
+            raise CheckpointError(f"{path} is not a nanoGPT checkpoint: it has no {key!r}")
+    arguments = dict(checkpoint["model_args"])
     names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
     missing = [name for name in names if name not in arguments]
     if missing:
-        raise CheckpointError(f"{path}: model_args lacks {', '.join(missing)}")
+        raise CheckpointError(f"{path}: model_args has no {', '.join(missing)}")
     dropout = arguments.get("dropout", 0.0)
     try:
-        shape = GPTConfig(
+        config = GPTConfig(
             **{name: arguments[name] for name in names},
             dropout=dropout,
             attention_dropout=dropout,
-            bias=arguments.get("bias", True),  # older checkpoints, which had no choice
+            bias=arguments.get("bias", True),  # older checkpoints lack it
         )
     except ConfigError as error:
         raise CheckpointError(f"{path}: model_args: {error}") from error
-    for key, tensor in found["model"].items():
+    for key, tensor in checkpoint["model"].items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path}: {key!r} in model is no tensor under a name")
-    tensors = {_stripped(key): tensor for key, tensor in found["model"].items()}
-    own = {name: t for name, t in tensors.items() if not name.endswith(_CAUSAL_MASKS)}
-    return _tied(str(path), shape, own)
+            raise CheckpointError(f"{path}: {key!r} in model is not a tensor with a string as name")
+    tensors = {_without_wrappers(key): tensor for key, tensor in checkpoint["model"].items()}
+    own = {name: t for name, t in tensors.items() if not name.endswith(_MASK_BUFFERS)}
+    return _build_model(str(path), config, own)
 
 
 def to_nanogpt_checkpoint(model: GPT, path: str | Path) -> None:
-    """Write what nanoGPT's `sample.py` reads as `ckpt.pt`, beside its place and then moved into it.
+    """Save the model as a checkpoint that nanoGPT's `sample.py` can read.
 
-    nanoGPT has one dropout; the file holds the model's `dropout`.
+    The file is written to a temporary directory and moved when it is complete. nanoGPT has one
+    dropout rate. The file gets the model's `dropout`, and `attention_dropout` is not saved.
+
+    Args:
+        model: the model. Of a compiled model, the model inside is saved.
+        path: the file to write, `ckpt.pt` for nanoGPT. Missing directories are created.
 
     Raises:
-        CheckpointError: for GELU's approximation by tanh, which nanoGPT does not have, a model that
-            is no longer the one of its configuration, or a place that cannot be written.
+        CheckpointError: if `gelu_approximate` is "tanh", which nanoGPT does not support, if the
+            model no longer has the tensors of its configuration, or if the file cannot be written.
     """
     path, model = Path(path), uncompiled(model)
-    shape = model.config
-    if shape.gelu_approximate != "none":
+    config = model.config
+    if config.gelu_approximate != "none":
         raise CheckpointError("gelu_approximate is 'tanh'; nanoGPT has only the exact GELU, 'none'")
     tensors = {name: tensor.cpu() for name, tensor in weights_of(model).items()}
     arguments = {
-        name: getattr(shape, name)
+        name: getattr(config, name)
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     }
     content = {
-        "model": {**tensors, TIED: tensors["transformer.wte.weight"]},
+        "model": {**tensors, HEAD: tensors[EMBEDDING]},
         "model_args": arguments,
         "iter_num": 0,
         "best_val_loss": 1e9,
@@ -217,34 +239,36 @@ def to_nanogpt_checkpoint(model: GPT, path: str | Path) -> None:
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as beside:
-            written = Path(beside) / path.name
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as temporary:
+            written = Path(temporary) / path.name
             torch.save(content, written)
             written.replace(path)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
-def _stripped(key: str) -> str:
+def _without_wrappers(key: str) -> str:
+    """Remove the prefixes that DistributedDataParallel and torch.compile add to a key."""
     while key.startswith(_WRAPPERS):
         key = key.split(".", 1)[1]
     return key
 
 
-def _tied(source: str, shape: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
-    head, embedding = tensors.pop(TIED, None), tensors.get("transformer.wte.weight")
-    wrong = misfits(shape, tensors)
+def _build_model(source: str, config: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
+    """Build the model if the tensors fit; raise a CheckpointError that names `source` if not."""
+    head = tensors.pop(HEAD, None)
+    wrong = mismatches(config, tensors)
     if wrong:
         raise CheckpointError(f"{source} does not fit: {'; '.join(wrong)}")
-    if head is not None and embedding is not None and not same(head, embedding):
+    if head is not None and not equal(head, tensors[EMBEDDING]):
         raise CheckpointError(
-            f"{source} does not fit: {TIED} differs from transformer.wte.weight; "
-            "this model has one matrix for both"
+            f"{source} does not fit: {HEAD} differs from {EMBEDDING}; GPT has one matrix for both"
         )
-    return assemble(shape, tensors)
+    return assemble(config, tensors)
 
 
 def _from_hf_config(settings: Mapping[str, Any], dropout: float | None) -> GPTConfig:
+    """Convert the settings of a GPT2Config; raise a CheckpointError if `GPT` lacks one."""
     names = {
         "vocab_size": "vocab_size",
         "n_positions": "block_size",
@@ -254,19 +278,19 @@ def _from_hf_config(settings: Mapping[str, Any], dropout: float | None) -> GPTCo
     }
     wrong = [f"{name} is missing" for name in names if name not in settings]
     wrong += [
-        f"{name} is {settings[name]!r}; this model has {only!r}"
-        for name, only in _ONLY.items()
-        if settings.get(name, only) != only
+        f"{name} is {settings[name]!r}; GPT supports only {value!r}"
+        for name, value in _FIXED_SETTINGS.items()
+        if settings.get(name, value) != value
     ]
     activation = settings.get("activation_function", "gelu_new")
     if activation not in _GELUS:
         wrong.append(f"activation_function is {activation!r}; allowed are {', '.join(_GELUS)}")
-    width, inner = settings.get("n_embd"), settings.get("n_inner")
-    if inner is not None and inner != 4 * (width or 0):
-        wrong.append(f"n_inner is {inner}; this model has 4 n_embd")
+    width, inner = settings.get("n_embd", 0), settings.get("n_inner")
+    if inner is not None and inner != 4 * width:
+        wrong.append(f"n_inner is {inner}; GPT supports only 4 n_embd, which is {4 * width}")
     rates = {settings.get(name, 0.1) for name in ("resid_pdrop", "embd_pdrop")}
     if dropout is None and len(rates) > 1:
-        wrong.append("resid_pdrop and embd_pdrop differ; choose with `dropout`")
+        wrong.append("resid_pdrop and embd_pdrop differ; give the rate to use as `dropout`")
     if wrong:
         raise CheckpointError(f"the configuration does not fit: {'; '.join(wrong)}")
     try:

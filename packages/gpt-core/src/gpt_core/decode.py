@@ -1,4 +1,4 @@
-"""One more token for each row, straight through the weights."""
+"""The forward pass for one new token per row, without the overhead of modules."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from gpt_core.model import GPT, Block, KVCache
 from gpt_core.quantize import Int8Linear
 
-Function = Callable[[Tensor], Tensor]
+Layer = Callable[[Tensor], Tensor]  # (rows, channels) to (rows, channels)
 
 
-def _function(module: nn.Module, rows: int) -> Function:
-    """What the module computes for (rows, channels), without the price of calling a module."""
+def _as_function(module: nn.Module, rows: int) -> Layer:
+    """Return a function that computes the same as the module, without its call overhead."""
     if type(module) is nn.Linear:
         return partial(F.linear, weight=module.weight, bias=module.bias)
     if type(module) is nn.LayerNorm:
@@ -32,26 +32,33 @@ def _function(module: nn.Module, rows: int) -> Function:
         and rows <= module.kernel_rows
         and module.weight.device.type == "cpu"
     ):
-        return module.few_rows
+        return module.int8_product
     return module
 
 
-class _Layer:
+class _BlockFunctions:
+    """The layers of one transformer block, as functions."""
+
     def __init__(self, block: Block, rows: int) -> None:
-        self.ln_1 = _function(block.ln_1, rows)
-        self.c_attn = _function(block.attn.c_attn, rows)
-        self.attn_proj = _function(block.attn.c_proj, rows)
-        self.ln_2 = _function(block.ln_2, rows)
-        self.c_fc = _function(block.mlp.c_fc, rows)
+        self.ln_1 = _as_function(block.ln_1, rows)
+        self.c_attn = _as_function(block.attn.c_attn, rows)
+        self.attn_proj = _as_function(block.attn.c_proj, rows)
+        self.ln_2 = _as_function(block.ln_2, rows)
+        self.c_fc = _as_function(block.mlp.c_fc, rows)
         self.approximate = block.mlp.approximate
-        self.mlp_proj = _function(block.mlp.c_proj, rows)
+        self.mlp_proj = _as_function(block.mlp.c_proj, rows)
 
 
 class Decoder:
-    """The forward pass of a single token, continuing the rows of a cache, each at its own length.
+    """The forward pass for one new token per row, with a cache whose rows may differ in length.
 
-    It computes what `GPT.forward` computes with that cache. On one token a small model's time goes
-    to calling modules and making views, so here there are none that could be made once.
+    It computes the same logits as `GPT.forward` with that cache. With one token, a small model
+    spends most of its time on module calls and views. The decoder therefore prepares functions
+    once and makes views once per token.
+
+    Args:
+        model: the model, which must not be compiled. Its layers are looked up once, here.
+        cache: keys and values of the earlier tokens of B rows. Each call adds one token per row.
     """
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
@@ -59,12 +66,18 @@ class Decoder:
         self.n_head = model.config.n_head
         self.wte, self.wpe = model.transformer.wte.weight, model.transformer.wpe.weight
         rows = len(cache.lengths)
-        self.layers = [_Layer(cast(Block, block), rows) for block in model.transformer.h]
-        self.ln_f = _function(model.transformer.ln_f, rows)
-        self.lm_head = _function(model.lm_head, rows)
+        self.layers = [_BlockFunctions(cast(Block, block), rows) for block in model.transformer.h]
+        self.ln_f = _as_function(model.transformer.ln_f, rows)
+        self.lm_head = _as_function(model.lm_head, rows)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (B, vocab_size) after tokens, int64 (B,), which the cache then holds too.
+        """Add one token per row to the cache and compute the logits of the next one.
+
+        Args:
+            tokens: int64 (B,), one token id for each row.
+
+        Returns:
+            (B, vocab_size), in the dtype of the model.
 
         Raises:
             ValueError: if a row of the cache is full.
@@ -78,16 +91,17 @@ class Decoder:
             part[..., :end, :].unbind(0) for part in (cache.keys, cache.values)
         )
         if min(lengths) + 1 == end:
-            mask = None  # rows of one length need none
+            mask = None  # rows of equal length see all their tokens
             positions = self.wpe[end - 1]  # (C,)
             new_keys, new_values = (
                 part[..., end - 1, :].unbind(0) for part in (cache.keys, cache.values)
             )
         else:
             rows = torch.arange(len(lengths), device=tokens.device)
-            places = torch.tensor(lengths, device=tokens.device)
-            mask = (torch.arange(end, device=tokens.device) <= places[:, None])[:, None, None]
-            positions = self.wpe[places]  # (B, C)
+            ends = torch.tensor(lengths, device=tokens.device)  # position of each new token
+            seen = torch.arange(end, device=tokens.device) <= ends[:, None]  # (B, end)
+            mask = seen[:, None, None]
+            positions = self.wpe[ends]  # (B, C)
 
         x = F.embedding(tokens, self.wte) + positions  # (B, C)
         B, C = x.shape
@@ -99,8 +113,8 @@ class Decoder:
                 new_keys[i].copy_(k)
                 new_values[i].copy_(v)
             else:
-                keys[rows, :, places] = k.to(keys.dtype)
-                values[rows, :, places] = v.to(values.dtype)
+                keys[rows, :, ends] = k.to(keys.dtype)
+                values[rows, :, ends] = v.to(values.dtype)
             y = F.scaled_dot_product_attention(
                 q.to(keys.dtype).unsqueeze(2), keys, values, attn_mask=mask
             )  # (B, n_head, 1, head_size)

@@ -1,4 +1,7 @@
-"""Sampling from a GPT without recomputing the past."""
+"""Text generation with a key-value cache.
+
+`GPT.generate` is the simple version of `generate`. It recomputes the whole window for each token.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from gpt_core.decode import Decoder
 from gpt_core.model import GPT, KVCache, uncompiled
 
 WINDOWS = ("shift", "exact")
-ENDED = -1  # in the place of a token that a row which has ended no longer gets
+ENDED = -1  # stands for a token in a row that has ended before
 
 Prompts = Tensor | Sequence[Tensor]
 Stop = int | str | Sequence[int]
@@ -19,7 +22,7 @@ Stop = int | str | Sequence[int]
 
 @dataclass(frozen=True)
 class _Sampler:
-    """How one token is drawn from logits; the filters apply in the order of the fields."""
+    """Draws one token per row from logits. The filters apply in the order of the fields."""
 
     temperature: float
     top_k: int
@@ -28,33 +31,35 @@ class _Sampler:
     generator: torch.Generator | None
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """int64 (B,) from logits (B, vocab_size)."""
-        if self.temperature < torch.finfo(torch.float32).tiny:  # 0, or 0 in fp32
+        """Draw tokens, int64 (B,), from logits (B, vocab_size)."""
+        if self.temperature < torch.finfo(torch.float32).tiny:  # 0, or rounded to 0 in fp32
             return logits.argmax(-1)
         logits = logits.float()
-        # the likeliest at zero, so that a tiny temperature divides nothing into infinity
+        # shift the largest logit to 0, so that division by a tiny temperature cannot overflow it
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if 0 < self.top_k < logits.size(-1):
-            smallest = logits.topk(self.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < smallest, -torch.inf)
+            kth_largest = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < kth_largest, -torch.inf)
         probabilities = logits.softmax(-1)
         if self.top_p < 1.0:
             ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-            beyond = ordered.cumsum(-1) - ordered >= self.top_p  # of those before, never the first
-            beyond[:, 0] = False
-            probabilities = probabilities.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
+            # drop a token if the more likely ones reach top_p without it; never drop the first
+            drop = ordered.cumsum(-1) - ordered >= self.top_p
+            drop[:, 0] = False
+            probabilities = probabilities.masked_fill(drop.scatter(-1, order, drop), 0.0)
         if self.min_p > 0.0:
             least = self.min_p * probabilities.amax(-1, keepdim=True)
             probabilities = probabilities.masked_fill(probabilities < least, 0.0)
-        # the first of independent exponential clocks with these rates rings for each token with
-        # its (not yet normalised) probability; a third of the time of torch.multinomial
-        clocks = torch.empty_like(probabilities).exponential_(generator=self.generator)
-        smallest_clock = torch.finfo(clocks.dtype).tiny  # 0 / 0 would win
-        return (probabilities / clocks.clamp_(min=smallest_clock)).argmax(-1)
+        # Divide each probability by an exponential random number and take the largest quotient.
+        # This picks each token with its probability, also if they do not sum to 1, and takes a
+        # third of the time of torch.multinomial.
+        noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
+        smallest = torch.finfo(noise.dtype).tiny  # a noise of 0 would make 0 / 0, and NaN wins
+        return (probabilities / noise.clamp_(min=smallest)).argmax(-1)
 
 
-class _Stops:
-    """Whether the tokens written so far end with one of the sequences or strings that stop."""
+class _StopCondition:
+    """Tests whether the tokens written so far end with a stop sequence or stop string."""
 
     def __init__(self, stop: Sequence[Stop], decode: Callable[[list[int]], str] | None) -> None:
         if isinstance(stop, str | int):
@@ -70,23 +75,25 @@ class _Stops:
         if self.strings and decode is None:
             raise ValueError(f"stop holds the string {self.strings[0]!r}, which needs `decode`")
         self.decode = decode
-        # a token has at least one byte and a character of UTF-8 at most four
-        self.reach = max((4 * (len(item) + 1) for item in self.strings), default=0)
+        # Tokens at the end of the text that are enough to find every stop string. A token has at
+        # least one byte, and a character of UTF-8 has at most four.
+        self.tail = max((4 * (len(item) + 1) for item in self.strings), default=0)
 
     def __bool__(self) -> bool:
         return bool(self.strings or self.sequences)
 
     def reached(self, written: list[int]) -> bool:
+        """Return whether a row that has written these tokens ends here."""
         if any(written[-len(ids) :] == ids for ids in self.sequences):
             return True
         if not self.strings or self.decode is None:
             return False
-        tail = self.decode(written[-self.reach :])
-        return any(item in tail for item in self.strings)
+        text = self.decode(written[-self.tail :])
+        return any(item in text for item in self.strings)
 
 
 class _Rows:
-    """The tokens of a batch, each row at its own length, and the cache of what was computed."""
+    """The tokens of a batch, with rows of different lengths, and their key-value cache."""
 
     def __init__(self, model: GPT, prompts: list[Tensor], window: str) -> None:
         self.model = model
@@ -99,10 +106,10 @@ class _Rows:
             self.ids[row, : len(prompt)] = prompt
         self.cache = KVCache(model.config, len(prompts), like=model.transformer.wte.weight)
         self.decoder = Decoder(model, self.cache)
-        self.pending: Tensor | None = None  # (B,), written but not yet in the cache
+        self.pending: Tensor | None = None  # (B,), the newest tokens, which the cache lacks
 
     def logits(self) -> Tensor:
-        """Of the next token of each row, (B, vocab_size)."""
+        """Compute the logits of the next token of each row, (B, vocab_size)."""
         if self.pending is None:
             return self._prefill(range(len(self.lengths)), self.block_size)
         full = [row for row, length in enumerate(self.cache.lengths) if length == self.block_size]
@@ -121,7 +128,11 @@ class _Rows:
         return self._prefill(rows, keep)
 
     def _prefill(self, rows: Sequence[int], keep: int) -> Tensor:
-        """Cache the newest `keep` tokens of these rows anew; return (len(rows), vocab_size)."""
+        """Replace the cache of these rows by their newest `keep` tokens.
+
+        Returns:
+            The logits of the next token, (len(rows), vocab_size).
+        """
         lengths = [min(self.lengths[row], keep) for row in rows]
         idx = self.ids.new_zeros(len(rows), max(lengths))
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -142,7 +153,7 @@ class _Rows:
         return logits
 
     def append(self, tokens: Tensor) -> None:
-        """Write one token a row, int64 (B,)."""
+        """Append one token to each row, int64 (B,)."""
         if max(self.lengths) == self.ids.size(1):
             self.ids = torch.cat((self.ids, torch.zeros_like(self.ids)), dim=1)
         if min(self.lengths) == max(self.lengths):
@@ -168,35 +179,41 @@ def stream(
     seed: int | None = None,
     window: str = "shift",
 ) -> Iterator[Tensor]:
-    """New tokens, int64 (B, 1), one at a time.
+    """Generate tokens and yield each as soon as it is drawn.
 
-    The prompts pass through the model once; each further token costs one column. A row that has
-    ended yields -1; the stream ends with its last row.
+    The prompts pass through the model once. After that, each step computes one token per row.
 
     Args:
-        model: in evaluation or training mode; it is put into evaluation mode.
-        prompt: int64 (B, T) with T >= 1, or a list of B prompts (T_b,) of different lengths; only
-            the newest `block_size` tokens of each are seen. With temperature 0, a row is written
-            as it would be alone.
-        temperature: 0 takes the likeliest token.
-        top_k: draw from the k likeliest only; 0 draws from all.
-        top_p: draw from the likeliest that together reach this probability (nucleus sampling,
-            arXiv 1904.09751).
-        min_p: draw only from those at least this fraction as likely as the likeliest
-            (arXiv 2407.01082).
-        stop: ids, sequences of ids, or strings, after which a row ends; what stopped it is the
-            last of what is written. Prompts are not searched.
-        decode: ids to text, at least one byte an id; strings in `stop` need it.
-        seed: of the draws; None uses torch's global generator.
-        window: what happens where `block_size` tokens are full. "shift" passes the newest half
-            through again and goes on from there, so that the cost of a token stays flat. "exact"
-            passes the newest `block_size` tokens through for each further token, as nanoGPT does.
+        model: the model. It is put into evaluation mode.
+        prompt: int64 (B, T) with T >= 1, or a list of B prompts (T_b,) of different lengths. The
+            model sees only the newest `block_size` tokens of each. At temperature 0, each row gets
+            the same tokens as it would get alone.
+        max_new_tokens: number of tokens to generate for each row.
+        temperature: divides the logits. 0 always takes the most likely token.
+        top_k: draw only from the k most likely tokens. 0 means all.
+        top_p: draw only from the smallest set of most likely tokens whose probabilities sum to at
+            least this (nucleus sampling, arXiv 1904.09751).
+        min_p: draw only from tokens that are at least this fraction as likely as the most likely
+            one (arXiv 2407.01082).
+        stop: token ids, sequences of token ids, or strings. A row ends after it has written one of
+            them. The stop itself is part of the row. Prompts are not searched.
+        decode: a function from a list of token ids to text. It is needed if `stop` holds strings.
+            Each token must give at least one byte of text.
+        seed: seed for the draws. None uses torch's global generator.
+        window: what to do when `block_size` tokens are full. "shift" computes the newest half once
+            more and goes on from there, so the average cost of a token stays constant. "exact"
+            computes the newest `block_size` tokens again for each further token, as nanoGPT does.
+
+    Yields:
+        int64 (B, 1), one new token for each row, or -1 for a row that has ended. The stream ends
+        when all rows have ended.
 
     Raises:
-        ValueError: for an empty prompt, an id that is not in the vocabulary, or a value out of
-            range.
+        ValueError: if a prompt is empty, a token id is not in the vocabulary, or a setting is out
+            of its range. It is raised by the call, before the first token.
     """
-    prompts = _checked(uncompiled(model), prompt)
+    model = uncompiled(model)
+    prompts = _checked(model, prompt)
     if not temperature >= 0.0:
         raise ValueError(f"temperature is {temperature}; it must be at least 0")
     if top_k < 0:
@@ -209,8 +226,8 @@ def stream(
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
     if window not in WINDOWS:
         raise ValueError(f"window is {window!r}; allowed are {', '.join(WINDOWS)}")
-    stops = _Stops(stop, decode)
-    model = uncompiled(model).eval()
+    stops = _StopCondition(stop, decode)
+    model.eval()
     generator = None
     if seed is not None:
         generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
@@ -219,33 +236,32 @@ def stream(
 
 
 def _checked(model: GPT, prompt: Prompts) -> list[Tensor]:
+    """Return the prompts as int64 tensors (T_b,), or raise a ValueError."""
     if isinstance(prompt, Tensor) and prompt.dim() != 2:
         raise ValueError(
-            f"the prompt has shape {tuple(prompt.shape)}; (B, T) with T >= 1 is needed, "
+            f"the prompt has shape {tuple(prompt.shape)}; it must be (B, T) with T >= 1, "
             "or a list of prompts (T,)"
         )
     prompts = list(prompt)
     if not prompts:
-        raise ValueError("there is no prompt")
+        raise ValueError("there is no prompt; at least one is needed")
     for row, one in enumerate(prompts):
         if not isinstance(one, Tensor):
-            raise ValueError(f"prompt {row} is a {type(one).__name__}; a tensor of ids is needed")
+            raise ValueError(f"prompt {row} is a {type(one).__name__}; it must be a tensor of ids")
         if one.dim() != 1 or len(one) == 0:
-            raise ValueError(f"prompt {row} has shape {tuple(one.shape)}; T >= 1 is needed")
+            raise ValueError(f"prompt {row} has shape {tuple(one.shape)}; it must be (T,), T >= 1")
         if one.is_floating_point() or one.dtype == torch.bool:
-            raise ValueError(f"prompt {row} is {one.dtype}; ids are whole numbers")
+            raise ValueError(f"prompt {row} is {one.dtype}; ids must be whole numbers")
         one = prompts[row] = one.long()
         size = model.config.vocab_size
         if one.min() < 0 or one.max() >= size:
             wrong = next(int(i) for i in one if not 0 <= i < size)
-            raise ValueError(
-                f"prompt {row} holds the id {wrong}; the vocabulary has 0 to {size - 1}"
-            )
+            raise ValueError(f"prompt {row} holds the id {wrong}; allowed are 0 to {size - 1}")
     return prompts
 
 
 @torch.inference_mode()
-def _stream(rows: _Rows, count: int, sampler: _Sampler, stops: _Stops) -> Iterator[Tensor]:
+def _stream(rows: _Rows, count: int, sampler: _Sampler, stops: _StopCondition) -> Iterator[Tensor]:
     written: list[list[int]] = [[] for _ in rows.lengths]
     ended = [False] * len(rows.lengths)
     for _ in range(count):
@@ -253,7 +269,7 @@ def _stream(rows: _Rows, count: int, sampler: _Sampler, stops: _Stops) -> Iterat
         rows.append(tokens)
         new = tokens[:, None]
         if stops:
-            # those that ended before this token; the one that ends a row is still written
+            # mask the rows that ended earlier; the token that ends a row is still written
             new = new.masked_fill(torch.tensor(ended, device=new.device)[:, None], ENDED)
             for row, token in enumerate(tokens.tolist()):
                 written[row].append(token)
@@ -263,8 +279,8 @@ def _stream(rows: _Rows, count: int, sampler: _Sampler, stops: _Stops) -> Iterat
             return
 
 
-class Settings(TypedDict, total=False):
-    """The keywords of `stream`, which explains them."""
+class SamplingSettings(TypedDict, total=False):
+    """The keyword arguments of `stream`. Its docstring explains them."""
 
     temperature: float
     top_k: int
@@ -278,28 +294,30 @@ class Settings(TypedDict, total=False):
 
 @overload
 def generate(
-    model: GPT, prompt: Tensor, max_new_tokens: int, **settings: Unpack[Settings]
+    model: GPT, prompt: Tensor, max_new_tokens: int, **settings: Unpack[SamplingSettings]
 ) -> Tensor: ...
 @overload
 def generate(
-    model: GPT, prompt: Sequence[Tensor], max_new_tokens: int, **settings: Unpack[Settings]
+    model: GPT, prompt: Sequence[Tensor], max_new_tokens: int, **settings: Unpack[SamplingSettings]
 ) -> list[Tensor]: ...
 def generate(
-    model: GPT, prompt: Prompts, max_new_tokens: int, **settings: Unpack[Settings]
+    model: GPT, prompt: Prompts, max_new_tokens: int, **settings: Unpack[SamplingSettings]
 ) -> Tensor | list[Tensor]:
-    """The prompt and what the model writes after it.
+    """Generate tokens after the prompts and return prompts and tokens together.
 
     Args:
-        model, prompt, max_new_tokens, **settings: those of `stream`: temperature, top_k, top_p,
-            min_p, stop, decode, seed, window.
+        model: the model. It is put into evaluation mode.
+        prompt: int64 (B, T) with T >= 1, or a list of B prompts (T_b,) of different lengths.
+        max_new_tokens: number of tokens to generate for each row.
+        **settings: temperature, top_k, top_p, min_p, stop, decode, seed and window, as in `stream`.
 
     Returns:
-        For a tensor (B, T), int64 (B, T + n): n is `max_new_tokens`, or less where every row was
-        stopped before; a row that ended earlier than others is filled with -1. For a list of
-        prompts, a list of as many int64 tensors, each as long as its row came to be.
+        For a tensor (B, T): int64 (B, T + n). n is `max_new_tokens`, or less if all rows ended
+        earlier. Rows that ended before the last are filled up with -1. For a list of prompts: a
+        list of B int64 tensors, each as long as its row.
 
     Raises:
-        ValueError: as `stream`.
+        ValueError: in the same cases as `stream`.
     """
     if not isinstance(prompt, Tensor):
         prompt = list(prompt)

@@ -1,4 +1,4 @@
-"""Cross-entropy of a large vocabulary without its logits in memory."""
+"""Cross-entropy for a large vocabulary, without all logits in memory at once."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -1  # a target that does not count
+IGNORED = -1  # targets of this value do not count
 
 
 def at_least_fp32(logits: Tensor) -> Tensor:
-    """A loss is summed in fp32, or in float64 where that is what came."""
+    """Convert logits to fp32 for a loss, and leave float64 logits as they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Gradients are computed with the loss, chunk by chunk, and scaled in the backward pass."""
+    """The forward pass computes loss and gradients, chunk by chunk; backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
@@ -25,14 +25,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = dweight.new_zeros(())
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
-            rows, chosen = x[part], targets[part]
+            rows, chunk_targets = x[part], targets[part]
             product = F.linear(rows, weight)  # (chunk, vocab_size), in autocast's dtype
             logits = at_least_fp32(product)
-            total += F.cross_entropy(logits, chosen, ignore_index=IGNORED, reduction="sum")
+            total += F.cross_entropy(logits, chunk_targets, ignore_index=IGNORED, reduction="sum")
             dlogits = logits.softmax(-1)
-            seen = chosen != IGNORED
-            dlogits.scatter_add_(-1, chosen.clamp(min=0)[:, None], -torch.ones_like(dlogits[:, :1]))
-            dlogits = (dlogits * (seen[:, None] / count)).to(product.dtype)
+            counts = chunk_targets != IGNORED
+            at = chunk_targets.clamp(min=0)[:, None]
+            dlogits.scatter_add_(-1, at, -torch.ones_like(dlogits[:, :1]))
+            dlogits = (dlogits * (counts[:, None] / count)).to(product.dtype)
             dx[part] = dlogits @ weight.to(product.dtype)
             dweight += dlogits.mT @ rows.to(product.dtype)
         ctx.save_for_backward(dx, dweight.to(weight.dtype))
@@ -40,24 +41,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        if torch.is_grad_enabled():  # create_graph: what follows would be taken for a constant
+        if (
+            torch.is_grad_enabled()
+        ):  # with create_graph, autograd would treat the result as constant
             raise RuntimeError("a chunked loss has no second derivative")
         dx, dweight = ctx.saved_tensors
         return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None
 
 
 def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-    """Mean cross-entropy of `x @ weight.T`, computed for `chunk` positions at a time.
+    """Compute the mean cross-entropy of `x @ weight.T`, `chunk` positions at a time.
 
-    The idea is that of Liger Kernel's fused linear cross-entropy (arXiv 2410.10989).
+    The idea comes from Liger Kernel's fused linear cross-entropy (arXiv 2410.10989).
 
     Args:
-        x: (N, C), any floating dtype.
+        x: (N, C), of any floating dtype.
         weight: (vocab_size, C).
-        targets: int64 (N,); -1 does not count.
+        targets: int64 (N,). Targets of -1 do not count.
+        chunk: number of positions whose logits are in memory at once.
 
     Returns:
-        The mean in nats, at least fp32, differentiable once; NaN if no target counts.
+        The mean in nats, a scalar in float64 for a float64 `weight` and in fp32 otherwise. It can
+        be differentiated once. It is NaN if no target counts.
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         x, weight, targets, chunk

@@ -77,7 +77,7 @@ class KVCache:
 
 
 class _MaskedScale(torch.autograd.Function):
-    """x * mask * scale, keeping one byte an element for the backward pass."""
+    """x * mask * scale, which stores one byte per element for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -92,19 +92,20 @@ class _MaskedScale(torch.autograd.Function):
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask is cheap on a CPU.
+    """Dropout with a cheap mask on a CPU.
 
-    PyTorch draws a CPU mask one Bernoulli number at a time on one thread. Here four 16-bit lanes
-    are cut from each 64-bit random number and compared with a threshold, so the rate is honoured
-    to within 1/65536. Reproducible from `torch.manual_seed`. Elsewhere `F.dropout` serves.
+    On a CPU, PyTorch draws one Bernoulli number per element, on one thread. This layer draws one
+    64-bit random number for four elements, cuts it into four 16-bit numbers, and compares each
+    with a threshold. The rate is therefore exact to 1/65536. `torch.manual_seed` makes the mask
+    reproducible. On other devices, and under torch.compile or torch.func, `F.dropout` is used.
     """
 
-    LANES = 1 << 16
+    LEVELS = 1 << 16  # values of a 16-bit number
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
-        self.threshold = min(round(p * self.LANES), self.LANES - 1)
+        self.threshold = min(round(p * self.LEVELS), self.LEVELS - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.threshold == 0:
@@ -114,9 +115,9 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p, training=True)
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
         words.random_(-(1 << 63), None)
-        lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
-        keep = lanes >= self.threshold - self.LANES // 2  # int16 is centred on zero
-        scale = self.LANES / (self.LANES - self.threshold)
+        numbers = words.view(torch.int16)[: x.numel()].view(x.shape)
+        keep = numbers >= self.threshold - self.LEVELS // 2  # int16 is centred on zero
+        scale = self.LEVELS / (self.LEVELS - self.threshold)
         dropped: Tensor = _MaskedScale.apply(x, keep, scale)  # type: ignore[no-untyped-call]
         return dropped
 
@@ -125,6 +126,8 @@ class Dropout(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention, (B, T, C) to (B, T, C)."""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -151,12 +154,14 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
             q = q.to(k.dtype)
-        # a single token may look at everything before it
+        # a single new token may see all tokens of the cache, so it needs no mask
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
         return y.transpose(1, 2).reshape(B, T, C)
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them, (B, T, C) to (B, T, C)."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -171,6 +176,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm transformer block: attention, then MLP, each with a residual connection."""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -185,7 +192,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Everything but the head, under the names of GPT-2."""
+    """All layers except the head, with GPT-2's names: int64 (B, T) to (B, T, C)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -208,25 +215,24 @@ class Transformer(nn.Module):
 
 
 class GPTOutput(NamedTuple):
-    """What `GPT.forward` returns.
+    """The result of `GPT.forward`."""
 
-    Logits are (B, T, vocab_size), None where `loss_chunk` spares them; the loss is the mean in
-    nats, None without targets.
-    """
-
-    logits: Tensor | None
-    loss: Tensor | None
+    logits: Tensor | None  # (B, T, vocab_size); None if the loss was computed in chunks
+    loss: Tensor | None  # scalar, mean in nats; None without targets
 
 
 class GPT(nn.Module):
-    """A GPT language model (Radford et al. 2019, in the form of Karpathy's nanoGPT).
+    """A GPT language model: GPT-2 (Radford et al. 2019) as written in Karpathy's nanoGPT.
 
-    Initial weights come from torch's global generator: call `torch.manual_seed` for the same ones.
+    The initial weights are drawn from torch's global generator. Call `torch.manual_seed` first to
+    make them reproducible.
 
     Attributes:
-        loss_chunk: above 0, a loss is computed for that many positions at a time and no logits are
-            returned with it, which saves the memory of (B, T, vocab_size) logits and their
-            gradient where the vocabulary is large.
+        config: the settings of this model.
+        loss_chunk: number of positions for which the loss is computed at a time. If it is above 0,
+            `forward` with targets returns no logits. This saves memory if the vocabulary is large,
+            because the logits (B, T, vocab_size) and their gradient are never complete. 0, the
+            default, computes all positions at once.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -248,48 +254,58 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, mean=0.0, std=std)
 
     def num_parameters(self, *, positions: bool = False) -> int:
-        """How many parameters, tied ones once; position embeddings count only if `positions`."""
+        """Count the parameters. The shared embedding counts once, as in nanoGPT.
+
+        Args:
+            positions: whether position embeddings count too.
+        """
         total = sum(parameter.numel() for parameter in self.parameters())
         return total if positions else total - self.transformer.wpe.weight.numel()
 
-    def flops_per_token(self, length: int | None = None) -> int:
-        """Floating-point operations of a training step a token, in windows of `length`.
+    def flops_per_token(self) -> int:
+        """Estimate the floating-point operations of one training step, per token.
 
-        6 for each parameter that is multiplied (the head's included, position embeddings not) and
-        12 n_layer n_embd length for attention, as in appendix B of PaLM (arXiv 2204.02311): all of
-        the square of attention, though only its causal half is needed.
+        The formula is from appendix B of PaLM (arXiv 2204.02311), with windows of `block_size`:
+        6 operations for each parameter without position embeddings, and
+        12 n_layer n_embd block_size for attention. It counts the whole square of attention,
+        although only the causal half is needed.
         """
         config = self.config
-        attention = 12 * config.n_layer * config.n_embd * (length or config.block_size)
+        attention = 12 * config.n_layer * config.n_embd * config.block_size
         return 6 * self.num_parameters() + attention
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None
     ) -> GPTOutput:
-        """Logits of the next token at every position, and the loss where targets are given.
+        """Compute the logits of the next token at every position, and the loss.
 
         Args:
-            idx: int64 (B, T) token ids, T at most `block_size` with what the cache holds.
-            targets: int64 (B, T); positions of -1 do not count.
-            cache: continue the sequences whose keys and values it holds, and add to them.
+            idx: int64 (B, T) token ids. T plus the tokens in the cache is at most `block_size`.
+            targets: int64 (B, T), the correct next tokens. Targets of -1 do not count.
+            cache: keys and values of earlier tokens, which these tokens continue. The new keys and
+                values are added to the cache.
 
         Returns:
-            logits (B, T, vocab_size) and the mean cross-entropy in nats (fp32, or float64 for a
-            float64 model), or None.
+            `logits`, (B, T, vocab_size), and `loss`, the mean cross-entropy in nats. The loss is
+            float64 for a float64 model and fp32 otherwise. It is None without targets. The logits
+            are None if `loss_chunk` is above 0 and targets are given.
 
         Raises:
-            ValueError: for a sequence longer than `block_size`, for more than one token where the
-                cache is filled already, or for a cache whose rows differ in length.
+            ValueError: if the sequence is longer than `block_size`, if more than one token is to
+                be added to a cache that is not empty, or if the cache's rows differ in length.
         """
         T = idx.size(1)
         end = T
         if cache is not None:
             end += max(cache.lengths)
             if end > T > 1:
-                raise ValueError(f"a filled cache is continued one token at a time, not {T}")
+                raise ValueError(
+                    f"idx has {T} tokens; a cache that is not empty takes one token at a time"
+                )
             if min(cache.lengths) != max(cache.lengths):
                 raise ValueError(
-                    f"the cache's rows have lengths {cache.lengths}; `Decoder` takes them"
+                    f"the cache's rows have lengths {cache.lengths}; forward needs rows of equal "
+                    "length, use `Decoder` for others"
                 )
         if end > self.config.block_size:
             raise ValueError(
@@ -340,6 +356,6 @@ class GPT(nn.Module):
 
 
 def uncompiled(model: GPT) -> GPT:
-    """The model that `torch.compile` wraps, or the model itself."""
+    """Return the model inside a `torch.compile` wrapper, or the model itself."""
     inner: GPT = getattr(model, "_orig_mod", model)
     return inner

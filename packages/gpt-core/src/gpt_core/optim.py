@@ -1,10 +1,12 @@
-"""AdamW and Muon behind one optimizer.
+"""Optimizers and learning-rate schedules.
 
-`Muon` orthogonalises the momentum of hidden matrices by a Newton-Schulz iteration (Jordan et al.
-2024, https://kellerjordan.github.io/posts/muon/) and scales the update to AdamW's usual size
-(Liu et al. 2025, arXiv 2502.16982), so that one learning rate serves both. `torch.optim.Muon`
-always iterates in bf16, which a CPU without bf16 emulates at about a fortieth of its fp32 speed,
-and takes a fused QKV matrix as one; this one does neither.
+`Muon` orthogonalises the momentum of hidden matrices with a Newton-Schulz iteration (Jordan et al.
+2024, https://kellerjordan.github.io/posts/muon/). It scales the update to the usual size of AdamW's
+(Liu et al. 2025, arXiv 2502.16982), so that one learning rate fits both.
+
+It differs from `torch.optim.Muon` in two ways. It iterates in the dtype of the parameters on a CPU,
+because a CPU without bf16 in hardware emulates it at about a fortieth of the speed of fp32. And it
+treats a fused QKV matrix as three matrices.
 """
 
 import math
@@ -20,35 +22,51 @@ from gpt_core.config import ConfigError
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "warmup-stable-decay")
 
-# Jordan's quintic coefficients: the steepest slope at zero that still converges near one.
+# Jordan's coefficients of the quintic polynomial: small singular values grow fastest with them,
+# and values still end near 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalise(matrix: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """Push all singular values of a matrix (m, n) towards one: about U V^T of its SVD.
+def orthogonalise(matrix: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Move all singular values of a matrix (m, n) close to 1, by a Newton-Schulz iteration.
 
-    The iteration is inexact by design; singular values end between about 0.7 and 1.2.
+    The result is about U V^T of the matrix's singular value decomposition. It is not exact: the
+    singular values end between about 0.7 and 1.2.
+
+    Args:
+        matrix: (m, n), of any floating dtype.
+        dtype: dtype of the iteration. None takes the matrix's own.
+
+    Returns:
+        (m, n), in the dtype of `matrix`.
     """
     a, b, c = _NEWTON_SCHULZ
     x = matrix.to(dtype or matrix.dtype)
     tall = x.size(0) > x.size(1)
     x = x.mT if tall else x
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrix.dtype)
 
 
 class Muon(Optimizer):
-    """Muon for matrices, AdamW for everything else, in one object with one `state_dict`.
+    """Muon for matrices and AdamW for all other parameters, in one optimizer.
 
     Args:
-        matrices: 2-D parameters to orthogonalise.
-        others: the remaining parameters, stepped by AdamW.
-        lr: one rate for both; Muon's update is scaled by 0.2 sqrt(max(m, n)) to AdamW's size.
-        parts: in how many parts along its rows a matrix falls (3 for a fused QKV projection).
-        dtype: of the iteration; None is bf16 on CUDA and the parameter's own elsewhere.
+        matrices: 2-D parameters, which Muon updates.
+        others: all other parameters, which AdamW updates without weight decay.
+        lr: learning rate of both. Muon's update of an (m, n) matrix is scaled by
+            0.2 sqrt(max(m, n)), which gives it the usual size of AdamW's.
+        weight_decay: weight decay of the matrices, decoupled as in AdamW.
+        momentum: Muon's momentum, in Nesterov's form.
+        betas: AdamW's decay rates of the gradient's mean and of its square.
+        eps: AdamW's constant in the denominator.
+        parts: a function from a matrix to the number of equal parts of its rows that are
+            orthogonalised separately, such as 3 for a fused QKV matrix.
+        dtype: dtype of Muon's iteration. None takes bf16 on CUDA and the parameter's own elsewhere.
     """
 
     def __init__(
@@ -70,8 +88,8 @@ class Muon(Optimizer):
         for matrix in matrices:
             by_parts.setdefault(parts(matrix), []).append(matrix)
         groups: list[dict[str, Any]] = [
-            {"params": chosen, "muon": True, "momentum": momentum, "parts": count, **shared}
-            for count, chosen in by_parts.items()
+            {"params": group, "muon": True, "momentum": momentum, "parts": count, **shared}
+            for count, group in by_parts.items()
         ]
         groups.append({"params": list(others), "muon": False, **shared, "weight_decay": 0.0})
         super().__init__(groups, {"betas": betas, "eps": eps, "momentum": momentum})
@@ -81,6 +99,14 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: a function that computes the gradients and returns the loss.
+
+        Returns:
+            The result of `closure`, or None without one.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -122,14 +148,20 @@ class Muon(Optimizer):
 def build_optimizer(
     model: nn.Module, name: str = "adamw", *, learning_rate: float, weight_decay: float = 0.1
 ) -> Optimizer:
-    """The optimizer of that name for a GPT.
+    """Build an optimizer for a GPT.
 
-    "adamw": nanoGPT's, betas (0.9, 0.99), weight decay on matrices and embeddings only.
-    "muon": `Muon` for the hidden matrices, fused QKV as its three parts; AdamW without decay for
-    embeddings, norms and head.
+    Args:
+        model: the model to optimize.
+        name: "adamw" or "muon". "adamw" is AdamW with nanoGPT's settings: betas (0.9, 0.99), and
+            weight decay on matrices and embeddings only. "muon" is `Muon` for the matrices of the
+            blocks, with each fused QKV matrix as three, and AdamW without weight decay for
+            embeddings, norms, biases and head.
+        learning_rate: above 0 and finite.
+        weight_decay: at least 0 and finite.
 
     Raises:
-        ConfigError: for an unknown name or a learning rate or weight decay out of range.
+        ConfigError: if the name is unknown, or if the learning rate or the weight decay is out of
+            its range.
     """
     if not 0 < learning_rate < math.inf:
         raise ConfigError(
@@ -169,24 +201,28 @@ def learning_rate_at(
     decay_steps: int | None = None,
     floor: float = 0.0,
 ) -> float:
-    """The learning rate of optimizer step `step`, counted from 1: linear to `peak`, then on.
+    """Compute the learning rate of one optimizer step: a linear warm-up, then a schedule.
 
-    Without a warm-up, Adam's first updates are as long as any later one, in directions taken from
-    few gradients; a GPT with GPT-2's small initial weights then loses what it has learned, once or
-    several times, in its first dozens of steps.
+    A warm-up is needed because Adam's first updates have full length, but their direction comes
+    from few gradients. Without it, a GPT with GPT-2's small initial weights can lose what it has
+    learned, once or several times, in its first dozens of steps.
 
     Args:
-        step: 1, 2, …; steps beyond `total_steps` stay at `floor`.
-        peak: the rate of step `warmup_steps`, the highest.
-        schedule: what follows the warm-up. "constant" stays at `peak`; "linear" and "cosine" (half
-            a period, arXiv 1608.03983) reach `floor` at `total_steps`; "warmup-stable-decay" stays
-            at `peak` and falls linearly over the last `decay_steps` (arXiv 2404.06395).
-        total_steps: the last step; not needed for "constant".
-        decay_steps: of "warmup-stable-decay"; None is a fifth of `total_steps`.
+        step: number of the step, counted from 1. Steps after `total_steps` get `floor`.
+        peak: the highest rate, which the warm-up reaches at step `warmup_steps`.
+        warmup_steps: number of steps of the warm-up. 0 means none.
+        schedule: the course after the warm-up. "constant" stays at `peak`. "linear" and "cosine"
+            (half a period, arXiv 1608.03983) fall to `floor` at `total_steps`.
+            "warmup-stable-decay" stays at `peak` and falls linearly to `floor` over the last
+            `decay_steps` steps (arXiv 2404.06395).
+        total_steps: number of the last step. "constant" does not need it.
+        decay_steps: number of falling steps of "warmup-stable-decay". None takes a fifth of
+            `total_steps`.
         floor: the rate of step `total_steps`.
 
     Raises:
-        ConfigError: for an unknown schedule, or steps or rates that do not fit together.
+        ConfigError: if the schedule is unknown, a value is out of its range, or warm-up and decay
+            together are longer than `total_steps`.
     """
     if step < 1:
         raise ConfigError(f"step is {step!r}; steps count from 1")
@@ -208,8 +244,8 @@ def learning_rate_at(
             )
         if not warmup_steps <= decay_start <= total_steps or total_steps < 1:
             raise ConfigError(
-                f"total_steps is {total_steps}; it must leave room for {warmup_steps} steps of "
-                f"warm-up and {total_steps - decay_start} of decay"
+                f"total_steps is {total_steps}; it must be at least 1 and have room for "
+                f"{warmup_steps} steps of warm-up and {total_steps - decay_start} steps of decay"
             )
     if step < warmup_steps:
         return peak * step / warmup_steps

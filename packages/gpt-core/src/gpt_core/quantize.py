@@ -1,7 +1,8 @@
-"""Weights in int8, for generation on a CPU.
+"""int8 weights for faster generation on a CPU.
 
-Writing one token reads every weight once, so that its time is that of the memory. At a quarter of
-fp32's bytes the weights of a small GPT also fit into the last cache.
+To generate one token, the CPU must read every weight once, so the speed of memory sets the limit.
+int8 weights need a quarter of the bytes of fp32. Those of a small GPT also fit into the CPU's last
+cache.
 """
 
 import copy
@@ -12,32 +13,33 @@ from torch import Tensor, nn
 
 from gpt_core.model import GPT, MLP, CausalSelfAttention, uncompiled
 
-# Above so many rows PyTorch's int8 kernel for CPUs is slower than fp32 products.
+# With more rows than this, PyTorch's int8 kernel for CPUs is slower than a product in fp32.
 KERNEL_ROWS = 16
-# The kernel reads several channels at once (8 with AVX2, more with AVX512) and, in a width that
-# they do not divide, beyond the end of the weight.
+# The kernel reads several channels at once (8 with AVX2, more with AVX512). If that number does not
+# divide in_features, the kernel reads beyond the end of the weight.
 KERNEL_CHANNELS = 32
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weight is int8 with one scale for each output channel.
+    """A linear layer with an int8 weight and one scale per output channel.
 
-    Its forward pass takes (..., in_features). A few rows meet the int8 weight in PyTorch's kernel,
-    their activations rounded to bf16, and come out as bf16 (fp16 as fp16). More rows, and widths
-    that 32 does not divide, meet the weight turned back into their own dtype.
+    It takes (..., in_features) of any floating dtype. With at most 16 rows on a CPU, it rounds the
+    input to bf16 and calls PyTorch's int8 kernel. The output is then bf16, or fp16 for an fp16
+    input. With more rows, on other devices, and if 32 does not divide in_features, it converts the
+    weight to the dtype of the input.
     """
 
     weight: Tensor  # int8 (out_features, in_features)
-    scale: Tensor  # bf16 (out_features,), as the kernel takes it
+    scale: Tensor  # bf16 (out_features,), the dtype that the kernel needs
     bias: Tensor | None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
-        smallest = torch.finfo(torch.bfloat16).tiny  # of a channel of zeros
+        smallest = torch.finfo(torch.bfloat16).tiny  # avoids 0 / 0 in a channel of zeros
         scale = (weight.abs().amax(1) / 127).clamp(min=smallest).bfloat16()
-        # divided by the scale as rounded, so that its rounding adds no error; that of a scale
-        # rounded down is cut off at 127
+        # Divide by the scale after its rounding to bf16, so that this rounding adds no error. If it
+        # was rounded down, the largest weight exceeds 127 and is clamped.
         rounded = (weight / scale.float()[:, None]).round().clamp(-127, 127)
         bias = linear.bias.detach().clone() if linear.bias is not None else None
         self.kernel_rows = KERNEL_ROWS if linear.in_features % KERNEL_CHANNELS == 0 else 0
@@ -48,12 +50,16 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.size(-1)
         if 0 < rows <= self.kernel_rows and x.device.type == "cpu":
-            return self.few_rows(x.reshape(rows, -1)).view(*x.shape[:-1], -1)
+            return self.int8_product(x.reshape(rows, -1)).view(*x.shape[:-1], -1)
         y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def few_rows(self, x: Tensor) -> Tensor:
-        """bf16 (rows, out_features) from (rows, in_features), by the int8 kernel for CPUs."""
+    def int8_product(self, x: Tensor) -> Tensor:
+        """Multiply x, (rows, in_features), in PyTorch's int8 kernel for CPUs.
+
+        Returns:
+            (rows, out_features) in bf16, or in fp16 if x is fp16.
+        """
         y = torch._weight_int8pack_mm(x.to(torch.bfloat16), self.weight, self.scale)
         if x.dtype == torch.float16:
             y = y.to(torch.float16)
@@ -65,11 +71,16 @@ class Int8Linear(nn.Module):
 
 
 def int8_weights(model: GPT) -> GPT:
-    """A copy of the model for generation: the matrices of its blocks are `Int8Linear`.
+    """Copy the model with int8 weights in its blocks, for generation.
 
-    Embeddings, norms and head keep their dtype: rounding shows most in the head. Of up to 16 rows
-    at a time the activations are rounded to bf16 as well. The copy is in evaluation mode and cannot
-    be trained or saved; `generate` and `stream` take it like any other.
+    Embeddings, norms and head keep their dtype, because rounding does most harm in the head. With
+    at most 16 rows on a CPU, the inputs of the rounded layers are also rounded to bf16.
+
+    Args:
+        model: the model to copy. It stays as it is.
+
+    Returns:
+        A model in evaluation mode for `generate` and `stream`. It cannot be trained or saved.
     """
     quantized = copy.deepcopy(uncompiled(model)).eval().requires_grad_(False)
     for module in list(quantized.modules()):

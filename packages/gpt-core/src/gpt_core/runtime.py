@@ -1,4 +1,4 @@
-"""Where and how to compute, decided once from "auto" and printable."""
+"""Choice of device, precision, compilation, slices and threads."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -15,8 +15,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
 COMPILE = ("auto", "on", "off")
 
-# Activations of so many tokens stay in a CPU's caches between one operation and the next; those of
-# a whole batch come and go through memory, in pages that the system hands out anew each time.
+# The activations of this many tokens stay in a CPU's caches from one operation to the next. The
+# activations of a whole batch go through memory, in pages that the system allocates anew each time.
 _CACHED_TOKENS = 2048
 
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -25,11 +25,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 run in hardware (emulated ones are slower than fp32)."""
+    """Return whether the device multiplies bf16 in hardware. Emulation is slower than fp32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", None)
+        capabilities = getattr(torch.cpu, "get_capabilities", None)  # older releases lack it
         if capabilities is not None:
             found = capabilities()
             return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -38,7 +38,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _allowed_cpus() -> int:
-    """CPUs that this process may use: its affinity and its container's quota may be fewer."""
+    """Count the CPUs that this process may use, by its affinity and its container's quota."""
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
     else:
@@ -52,14 +52,14 @@ def _allowed_cpus() -> int:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Device, precision and the rest, none of them "auto" any more, each with its reason."""
+    """The choices for computing on this machine. `resolve` makes them and gives the reasons."""
 
     device: torch.device
-    precision: str  # "fp32" or "bf16": bf16 autocast over fp32 weights
+    precision: str  # "fp32", or "bf16" for bf16 autocast with fp32 weights
     compile: bool
-    reasons: tuple[str, ...] = ()
-    micro_batch_tokens: int = 0  # of one forward and backward pass; 0 for the whole batch
-    threads: int = 0  # that share one operation on the CPU; 0 for PyTorch's own choice
+    reasons: tuple[str, ...] = ()  # why the automatic choices were made
+    micro_batch_tokens: int = 0  # tokens in one forward and backward pass; 0 for the whole batch
+    threads: int = 0  # CPU threads for one operation; 0 for PyTorch's own number
 
     @classmethod
     def resolve(
@@ -71,20 +71,25 @@ class Runtime:
         micro_batch_tokens: int | None = None,
         threads: int | None = None,
     ) -> "Runtime":
-        """Take what this machine does best for every "auto".
+        """Replace every "auto" and None by the best choice for this machine.
 
         Args:
-            device: "auto", "cpu", "cuda" (or "cuda:1"), "mps".
-            precision: "auto" is bf16 where CPU or GPU has it in hardware, else fp32.
-            compile: "auto" is off: compiling takes longer than a short run gains.
-            micro_batch_tokens: a batch passes through the model in slices of at most so many
-                tokens, whose gradients add up; 0 for the whole at once. None is 2048 on a CPU,
-                where the activations then stay in the caches, and 0 elsewhere.
-            threads: None is PyTorch's own choice, or fewer where affinity or a container's quota
-                allows fewer CPUs. Where several clients share a machine, give each its share.
+            device: "auto", "cpu", "cuda", "cuda:1" and so on, or "mps". "auto" takes CUDA if there
+                is a GPU, then MPS, then the CPU.
+            precision: "auto", "fp32" or "bf16". "auto" takes bf16 if the device has it in
+                hardware, and fp32 otherwise.
+            compile: "auto", "on" or "off". "auto" is off, because compiling takes longer than a
+                short run gains.
+            micro_batch_tokens: largest number of tokens that pass through the model at once.
+                Larger batches are cut into slices, whose gradients add up. 0 means no slices. None
+                takes 2048 on a CPU without compilation, where the activations then stay in the
+                caches, and 0 otherwise.
+            threads: number of CPU threads. None takes PyTorch's own number, or fewer if the
+                process's affinity or its container's quota allows fewer CPUs. If several processes
+                share a machine, give each its share.
 
         Raises:
-            ConfigError: for an unknown choice, or a device that is not here.
+            ConfigError: if a value is not allowed, or PyTorch finds no such device.
         """
         reasons = []
         chosen = device
@@ -92,14 +97,14 @@ class Runtime:
             chosen = "cuda" if torch.cuda.is_available() else "cpu"
             if chosen == "cpu" and torch.backends.mps.is_available():
                 chosen = "mps"
-            reasons.append(f"device {chosen}: the fastest that PyTorch finds here")
+            reasons.append(f"device {chosen}: the fastest that PyTorch finds")
         resolved = _device(chosen)
 
         has_bf16 = _has_bf16(resolved)
         if precision == "auto":
             precision = "bf16" if has_bf16 else "fp32"
             found = "found" if has_bf16 else "not found"
-            reasons.append(f"precision {precision}: bf16 in {resolved.type} hardware {found}")
+            reasons.append(f"precision {precision}: {resolved.type} hardware with bf16 {found}")
         elif precision not in PRECISIONS:
             raise ConfigError(f"precision is {precision!r}; allowed are {', '.join(PRECISIONS)}")
 
@@ -122,7 +127,7 @@ class Runtime:
             sliced = resolved.type == "cpu" and not compiled
             micro_batch_tokens = _CACHED_TOKENS if sliced else 0
             if sliced:
-                reasons.append(f"{_CACHED_TOKENS} tokens at a time: they stay in a CPU's caches")
+                reasons.append(f"slices of {_CACHED_TOKENS} tokens: they fit the CPU's caches")
         if threads is None:
             threads = min(torch.get_num_threads(), _allowed_cpus())
             if threads < torch.get_num_threads():
@@ -130,28 +135,32 @@ class Runtime:
         return cls(resolved, precision, compiled, tuple(reasons), micro_batch_tokens, threads)
 
     def prepare(self, model: Module) -> Module:
-        """The model on the device, compiled where that was chosen; sets the thread count.
+        """Move the model to the device and compile it if that was chosen.
 
-        A model is compiled for fixed shapes and as one graph: what would break the graph is an
-        error of `torch.compile`.
+        This also sets the process's number of threads and, on CUDA, allows TF32. The model is
+        compiled as one graph of fixed shapes. If code breaks the graph, `torch.compile` raises an
+        error at the first call.
+
+        Returns:
+            The model itself, or its compiled wrapper.
         """
         model = model.to(self.device)
         if self.threads:
             torch.set_num_threads(self.threads)
         if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+            torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
         if not self.compile:
             return model
         return torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[return-value]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which forward passes run."""
+        """Return the context manager for forward passes: bf16 autocast, or nothing for fp32."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def to_dict(self) -> dict[str, Any]:
-        """What was chosen, ready for JSON."""
+        """Return the choices and their reasons as a dictionary that JSON can hold."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {
             "device": str(self.device),
@@ -170,17 +179,18 @@ class Runtime:
 
 
 def _device(name: str) -> torch.device:
+    """Return the device of that name, or raise a ConfigError if it cannot be used."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device is {name!r}; allowed are {', '.join(DEVICES)}") from error
     if device.type not in DEVICES:
         raise ConfigError(f"device is {name!r}; allowed are {', '.join(DEVICES)}")
-    here = {
+    available = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
-    if not here[device.type]:
-        raise ConfigError(f"device is {name!r}, but PyTorch finds no such device here; try 'auto'")
+    if not available[device.type]:
+        raise ConfigError(f"device is {name!r}, but PyTorch finds no such device; try 'auto'")
     return device

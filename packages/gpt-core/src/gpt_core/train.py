@@ -1,4 +1,4 @@
-"""The training loop and the evaluation pass, over any iterable of `(x, y)`."""
+"""The training loop and the evaluation loop, for any iterable of batches `(x, y)`."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -12,22 +12,22 @@ from torch.optim import Optimizer
 from gpt_core.loss import IGNORED
 from gpt_core.runtime import Runtime
 
-Batch = tuple[Tensor, Tensor]  # x and y, both int64 (B, T)
+Batch = tuple[Tensor, Tensor]  # tokens x and targets y, both int64 (B, T)
 
 
 class TrainingDiverged(ArithmeticError):
-    """The loss is no longer a finite number."""
+    """The loss or its gradient is NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One line of news from a loop that is under way."""
+    """A report from a training loop that is still running."""
 
     step: int
     steps: int
-    loss: float  # nats a token, mean since the last news
-    tokens_per_second: float  # since the start
-    seconds_left: float
+    loss: float  # nats per token, mean since the last report
+    tokens_per_second: float  # mean since the start
+    seconds_left: float  # estimate
 
     def __str__(self) -> str:
         return (
@@ -38,19 +38,22 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train_steps` did."""
+    """The result of `train_steps`."""
 
-    loss: float  # nats a token, mean over all steps
+    loss: float  # nats per token, mean over all steps
     steps: int
-    tokens: int
-    seconds: float
+    tokens: int  # elements of x in all batches
+    seconds: float  # wall-clock time of the whole loop
 
 
 def _slices(batch: Batch, runtime: Runtime) -> list[Batch]:
-    """The batch in slices of whole rows, as equal as can be, of at most `micro_batch_tokens`."""
+    """Cut the batch into nearly equal slices of whole rows.
+
+    A slice has at most `runtime.micro_batch_tokens` tokens, or one row if a row has more.
+    """
     x, y = batch
     if len(x) != len(y):
-        raise ValueError(f"x has {len(x)} rows and y {len(y)}")
+        raise ValueError(f"x has {len(x)} rows and y has {len(y)}; they must be equal")
     if runtime.micro_batch_tokens == 0 or x.numel() <= runtime.micro_batch_tokens:
         return [batch]
     rows = max(1, runtime.micro_batch_tokens // x[0].numel())
@@ -59,7 +62,11 @@ def _slices(batch: Batch, runtime: Runtime) -> list[Batch]:
 
 
 def _backward(model: nn.Module, batch: Batch, runtime: Runtime) -> Tensor:
-    """Add the gradient of the batch's mean loss; return that loss, a scalar."""
+    """Add the gradient of the batch's mean loss to the parameters.
+
+    Returns:
+        The mean loss of the batch, a scalar.
+    """
     slices = _slices(batch, runtime)
     if len(slices) == 1:
         with runtime.autocast():
@@ -68,7 +75,7 @@ def _backward(model: nn.Module, batch: Batch, runtime: Runtime) -> Tensor:
         return loss.detach()
     counts = [int((y != IGNORED).sum()) for _, y in slices]
     if sum(counts) == 0:
-        return torch.tensor(math.nan)  # as the mean of no targets is
+        return torch.tensor(math.nan)  # the mean of no values, as in the case of one slice
     total = torch.zeros((), device=runtime.device)
     for (x, y), count in zip(slices, counts, strict=True):
         if count == 0:
@@ -92,32 +99,40 @@ def train_steps(
     on_progress: Callable[[Progress], None] | None = None,
     progress_seconds: float = 5.0,
 ) -> TrainResult:
-    """Take `steps` optimizer steps, one a batch.
+    """Train the model for `steps` optimizer steps, with one batch per step.
 
     Args:
-        model: called as `model(x, y)`, returning `(logits, loss)`, the loss a mean over the targets
-            that are not -1; on the device of `runtime` (`runtime.prepare(model)` puts it there);
-            left in training mode.
-        batches: at least `steps` pairs of int64 (B, T), of which `steps` are taken. Each passes
-            through the model in slices of `runtime.micro_batch_tokens`.
-        grad_clip: largest norm of the gradient over all parameters; 0 for no limit.
-        learning_rate: of a step, counted from 1; None leaves the optimizer's own.
-        on_progress: told of the first step, the last, and one every `progress_seconds` between.
+        model: the model, on the device of `runtime` (see `Runtime.prepare`). `model(x, y)` must
+            return `(logits, loss)`, and the loss must be the mean over all targets that are not
+            -1. The model is left in training mode.
+        batches: pairs `(x, y)` of int64 (B, T). The loop takes exactly `steps` of them, and moves
+            each to the device. A batch passes through the model in slices of
+            `runtime.micro_batch_tokens`.
+        optimizer: an optimizer of the model's parameters.
+        steps: number of steps, at least 1.
+        runtime: device, precision and slices.
+        grad_clip: largest norm of the gradient over all parameters. A longer gradient is scaled
+            down to it. 0 means no limit.
+        learning_rate: a function from the step, counted from 1, to its learning rate. None keeps
+            the optimizer's own rate.
+        on_progress: a function that gets a report after the first step, after the last step, and
+            about every `progress_seconds` between them.
+        progress_seconds: seconds between two reports.
 
     Raises:
-        ValueError: if `batches` ends early, `steps` is below 1, `grad_clip` below 0, a batch has
-            rows of x without y, or none of its targets counts.
-        TrainingDiverged: at a loss or a gradient that is NaN or infinite, before it reaches the
+        ValueError: if `batches` ends early, `steps` is below 1, `grad_clip` is below 0, x and y of
+            a batch differ in rows, or all targets of a batch are -1.
+        TrainingDiverged: if a loss or a gradient is NaN or infinite. This step does not change the
             weights.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
     if not grad_clip >= 0:
-        raise ValueError(f"grad_clip is {grad_clip}; it must be at least 0, which is no limit")
+        raise ValueError(f"grad_clip is {grad_clip}; it must be at least 0 (0 means no limit)")
     model.train()
-    start = reported = monotonic()
-    total = since = 0.0
-    tokens = news = 0
+    start = last_report = monotonic()
+    total_loss = recent_loss = 0.0  # sums over all steps, and over the steps since the last report
+    tokens = recent_steps = 0
     iterator = iter(batches)
     for step in range(1, steps + 1):
         batch = next(iterator, None)
@@ -126,14 +141,16 @@ def train_steps(
         x, y = (part.to(runtime.device) for part in batch)
         loss = _backward(model, (x, y), runtime)
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        value, size = loss.item(), norm.item()
-        if not math.isfinite(value) or not math.isfinite(size):
+        loss_value, norm_value = loss.item(), norm.item()
+        if not math.isfinite(loss_value) or not math.isfinite(norm_value):
             optimizer.zero_grad(set_to_none=True)
             if not (y != IGNORED).any():
-                raise ValueError(f"no target counts at step {step} of {steps}: all are {IGNORED}")
+                raise ValueError(
+                    f"at step {step} of {steps} all targets are {IGNORED}, so none counts"
+                )
             raise TrainingDiverged(
-                f"the loss is {value} and its gradient's norm {size} at step {step} of "
-                f"{steps}; a lower learning rate may help"
+                f"the loss is {loss_value} and the gradient's norm is {norm_value} at step {step} "
+                f"of {steps}; a lower learning rate may help"
             )
         if grad_clip > 0:
             nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
@@ -143,25 +160,36 @@ def train_steps(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += x.numel()
-        total, since, news = total + value, since + value, news + 1
+        total_loss += loss_value
+        recent_loss += loss_value
+        recent_steps += 1
         now = monotonic()
-        if on_progress and (step in (1, steps) or now - reported >= progress_seconds):
+        if on_progress and (step in (1, steps) or now - last_report >= progress_seconds):
             rate = tokens / (now - start)
             left = (now - start) / step * (steps - step)
-            on_progress(Progress(step, steps, since / news, rate, left))
-            reported, since, news = now, 0.0, 0
-    return TrainResult(total / steps, steps, tokens, monotonic() - start)
+            on_progress(Progress(step, steps, recent_loss / recent_steps, rate, left))
+            last_report, recent_loss, recent_steps = now, 0.0, 0
+    return TrainResult(total_loss / steps, steps, tokens, monotonic() - start)
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch], *, runtime: Runtime) -> float:
-    """Mean loss in nats a token over all targets of all batches; the model's mode is restored.
+    """Compute the mean loss over all targets of all batches, without gradients.
 
-    Every target that is not -1 counts once, so the result does not depend on how the windows are
-    batched, beyond the rounding of floating-point sums.
+    Each target that is not -1 counts once. The result therefore does not depend on the batch size,
+    except for the rounding of sums.
+
+    Args:
+        model: the model, as in `train_steps`. It is evaluated in evaluation mode, and its mode is
+            restored afterwards.
+        batches: pairs `(x, y)` of int64 (B, T). Each is moved to the device.
+        runtime: device, precision and slices.
+
+    Returns:
+        The mean in nats per token.
 
     Raises:
-        ValueError: if there is nothing to evaluate.
+        ValueError: if there are no batches, or if all targets are -1.
     """
     training = model.training
     model.eval()
@@ -180,5 +208,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, runtime: Runtime) ->
     finally:
         model.train(training)
     if count == 0:
-        raise ValueError("there is no target to evaluate")
+        raise ValueError(
+            f"there is nothing to evaluate: no batch has a target other than {IGNORED}"
+        )
     return total / count
