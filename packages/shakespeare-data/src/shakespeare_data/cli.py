@@ -131,15 +131,24 @@ def _division_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--num-partitions", type=int, required=True, help="number of clients")
     options.add_argument(
-        "--scheme", choices=SCHEMES, default="contiguous", help="default: contiguous"
+        "--scheme",
+        choices=SCHEMES,
+        default="contiguous",
+        help="way to divide the text (default: contiguous)",
     )
-    options.add_argument("--seed", type=int, default=0, help="default: 0")
+    options.add_argument("--seed", type=int, default=0, help="seed of random draws (default: 0)")
     options.add_argument(
-        "--alpha", type=float, help="for dirichlet and quantity-skew (default: 0.5)"
+        "--alpha",
+        type=float,
+        help="concentration, for dirichlet and quantity-skew (default: 0.5)",
     )
-    options.add_argument("--by", choices=["play", "speaker"], help="for dirichlet (default: play)")
     options.add_argument(
-        "--window", type=int, help="characters, for iid and quantity-skew (default: 1024)"
+        "--by", choices=["play", "speaker"], help="groups, for dirichlet (default: play)"
+    )
+    options.add_argument(
+        "--window",
+        type=int,
+        help="characters that stay together, for iid and quantity-skew (default: 1024)",
     )
     options.add_argument(
         "--min-characters",
@@ -153,7 +162,12 @@ def _division_options() -> argparse.ArgumentParser:
         help="validate on the end of the text, on the last plays, or on every n-th speech "
         "(default: end for contiguous, iid and quantity-skew, else speech)",
     )
-    options.add_argument("--validation-fraction", type=float, default=0.1, help="default: 0.1")
+    options.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.1,
+        help="share of the text for validation (default: 0.1)",
+    )
     return options
 
 

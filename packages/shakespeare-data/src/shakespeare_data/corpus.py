@@ -172,7 +172,8 @@ def load_corpus(name: str = "auto") -> Corpus:
       play, in the order of the names.
 
     A second call in the same process returns the same corpus without opening a file, as long as
-    the path, size, modification time and inode of its files are unchanged.
+    the path, size, modification time and inode of its files are unchanged. Only the fallback of
+    `"auto"` is an exception: each call looks for Tiny Shakespeare again.
 
     Raises `CorpusUnavailable` if the text is not available on this machine. Raises `DataError` if a
     file is missing, altered or not UTF-8, or if it has fewer than two distinct characters.
@@ -270,6 +271,8 @@ def _corpus(
 ) -> Corpus:
     distinct = len(set(text))
     if distinct < 2:
-        raise DataError(f"{name} has {distinct} distinct characters, a language model needs 2")
+        raise DataError(
+            f"{name} has {distinct} distinct characters, but a language model needs at least 2"
+        )
     digest = sha256(text.encode()).hexdigest()
     return Corpus(name, text, source, digest, licence, titles=tuple(titles), parsed=parsed)

@@ -290,7 +290,7 @@ class _Shares:
         return np.bincount(self.owners, lengths, clients).astype(np.int64)
 
     def within(self, sides: Sides) -> "list[_Shares]":
-        """Return these shares cut to the training side, and cut to the validation side."""
+        """Return the shares of the training side, then those of the validation side."""
         return [self._within(side) for side in sides]
 
     def _within(self, side: Spans) -> "_Shares":
