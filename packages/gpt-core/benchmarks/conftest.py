@@ -1,4 +1,4 @@
-"""Both sides of a comparison in one run: the reference runs before each round of ours."""
+"""A fixture that measures gpt-core and a reference in turns, in one run."""
 
 from collections.abc import Callable
 from statistics import median
@@ -10,7 +10,11 @@ import pytest
 
 @pytest.fixture
 def compare(benchmark: Any) -> Callable[..., None]:
-    """`compare(ours, reference, reference_name=…, amount=…, unit=…)`: interleaved, medians kept."""
+    """Return a function that measures `ours` with pytest-benchmark and `reference` beside it.
+
+    The reference runs before each round of `ours`, so that both see the same load of the machine.
+    Its median time goes into the report. `amount` counts the work of one call in `unit`.
+    """
 
     def run(
         ours: Callable[[], object],
@@ -28,7 +32,7 @@ def compare(benchmark: Any) -> Callable[..., None]:
             reference()
             reference_seconds.append(perf_counter() - start)
 
-        ours()  # warm-up of both sides
+        ours()  # one call of each to warm up
         reference()
         benchmark.pedantic(ours, setup=timed_reference, rounds=rounds)
         benchmark.extra_info.update(

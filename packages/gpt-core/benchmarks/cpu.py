@@ -1,11 +1,11 @@
-"""gpt-core on this CPU beside the plain model, `transformers` and the machine's own limit.
+"""Measure gpt-core on this CPU against simple references, `transformers` and matrix products.
 
-    nox -s measure                       # everything but the loss curves
-    nox -s measure -- loss --text FILE   # 100 steps of both, about 10 minutes
+    nox -s measure                       # run all jobs except loss
+    nox -s measure -- loss --text FILE   # train two models for 100 steps, about 10 minutes
 
-The shape is nanoGPT's baby GPT: 6 layers, 6 heads, 384 wide, block 256, batch 64, dropout 0.2. The
-sides take turns in one process, and medians are printed. `transformers` is measured where it is
-installed.
+The model is nanoGPT's baby GPT: 6 layers, 6 heads, 384 channels, a block of 256 tokens and dropout
+0.2. A batch has 64 rows. The candidates take turns in one process, and the script prints medians.
+`transformers` is measured if it is installed.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import math
 import resource
 import subprocess
 import sys
-import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -47,18 +46,19 @@ from gpt_core import (
 
 CONFIG = GPTConfig()
 ROWS = 64
-THEIRS = 240  # tokens after 16, for transformers cannot go past its 256 positions
+THEIRS = 240  # tokens after a prompt of 16, because `transformers` stops at 256 positions
 Step = Callable[[], object]
 
 
 def seconds(step: Step) -> float:
+    """Return the seconds that one call takes."""
     start = perf_counter()
     step()
     return perf_counter() - start
 
 
 def take_turns(sides: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Median seconds of each side, after one turn each that does not count."""
+    """Return the median seconds of each candidate, after one warm-up turn."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, step in sides.items():
@@ -87,7 +87,7 @@ def plain_step(x: Tensor, y: Tensor) -> Step:
 
 
 def hugging_face(model: GPT, dropout: float) -> Any:
-    """The same model in `transformers`, with this dropout everywhere."""
+    """Convert the model to `transformers`, with this rate for all its dropouts."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     state_dict, config = to_hf_gpt2(model)
@@ -101,13 +101,16 @@ def has_transformers() -> bool:
     try:
         import transformers  # noqa: F401
     except ImportError:
-        print("transformers is not installed and is left out")
+        print("transformers is not installed, so it is not measured")
         return False
     return True
 
 
 def products(rows: int) -> Step:
-    """The matrix products of one training step and nothing else: linear layers and head."""
+    """Return a function that computes only the matrix products of one training step.
+
+    These are the products of linear layers and head. Those of attention are left out.
+    """
     C, N = CONFIG.n_embd, rows * CONFIG.block_size
     shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)] * CONFIG.n_layer
     precision = Runtime.resolve(device="cpu").precision
@@ -130,6 +133,7 @@ def products(rows: int) -> Step:
 
 
 def training(options: argparse.Namespace) -> None:
+    """Print the time of a training step of each candidate."""
     x, y = batch()
     runtime = Runtime.resolve(device="cpu")
     print(f"training step: {runtime}, {torch.get_num_threads()} threads")
@@ -144,7 +148,7 @@ def training(options: argparse.Namespace) -> None:
         name = "transformers GPT2LMHeadModel, fp32"
         sides[name] = eager_step(model, lambda: model(x, labels=x).loss)
         rows[name] = ROWS
-        few = ROWS if runtime.precision == "bf16" else 2  # emulated, it takes minutes
+        few = ROWS if runtime.precision == "bf16" else 2  # emulated bf16 takes minutes
 
         def in_bf16() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
@@ -164,9 +168,9 @@ def training(options: argparse.Namespace) -> None:
 
 
 def peak_mib() -> float:
-    """Largest resident memory of this process."""
+    """Return the largest resident memory of this process so far, in MiB."""
     status = Path("/proc/self/status")
-    if status.exists():  # what `getrusage` says may be inherited from the parent
+    if status.exists():  # `getrusage` may include the parent process
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
     unit = 1 if sys.platform == "darwin" else 2**10
@@ -174,7 +178,8 @@ def peak_mib() -> float:
 
 
 def memory(options: argparse.Namespace) -> None:
-    if options.side:  # in a process of its own
+    """Print the peak memory of a training step, measured in a new process for each model."""
+    if options.side:  # this is such a process
         before = peak_mib()
         x, y = batch()
         {"plain": plain_step, "ours": our_step}[options.side](x, y)()
@@ -212,6 +217,7 @@ PARTS = {
 
 
 def profile(options: argparse.Namespace) -> None:
+    """Print how the time of a training step is divided among kinds of operations."""
     x, y = batch()
     for name, step in (("plain", plain_step(x, y)), ("ours", our_step(x, y))):
         step()
@@ -227,15 +233,13 @@ def profile(options: argparse.Namespace) -> None:
             print(f"  {part:<34} {value:7.3f} s {value / total:6.1%}")
 
 
-def load_text(path: Path | None) -> Tensor:
-    """Ids below 65 of a text: its 64 most frequent characters, and one id for all others."""
-    if path is None:  # a text that is everywhere
-        library = Path(sysconfig.get_paths()["stdlib"])
-        files = sorted(library.glob("*.py"))
-        text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
-        text = text[:1_500_000]
-    else:
-        text = path.read_text(encoding="utf-8")
+def load_text(path: Path) -> Tensor:
+    """Encode a text with at most 65 ids, one for each character.
+
+    If the text has more than 65 characters, the 64 most frequent ones get ids of their own, and all
+    others share one.
+    """
+    text = path.read_text(encoding="utf-8")
     frequent = [character for character, _ in Counter(text).most_common(64)]
     if len(set(text)) == 65:
         frequent = sorted(set(text))
@@ -244,6 +248,7 @@ def load_text(path: Path | None) -> Tensor:
 
 
 def windows(ids: Tensor, rows: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw random batches without end."""
     generator = torch.Generator().manual_seed(seed)
     T = CONFIG.block_size
     while True:
@@ -252,7 +257,8 @@ def windows(ids: Tensor, rows: int, seed: int) -> Iterator[tuple[Tensor, Tensor]
         yield taken[:, :-1], taken[:, 1:]
 
 
-def same_weights(plain: PlainGPT, model: GPT) -> None:
+def copy_weights(plain: PlainGPT, model: GPT) -> None:
+    """Give the plain model the weights of the GPT."""
     given = model.state_dict()
     own = {}
     for name in plain.state_dict():
@@ -269,6 +275,7 @@ def same_weights(plain: PlainGPT, model: GPT) -> None:
 
 
 def loss(options: argparse.Namespace) -> None:
+    """Train the plain model and gpt-core from equal weights and print their losses."""
     ids = load_text(options.text)
     train, val = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
     fixed = list(itertools.islice(windows(val, 16, seed=1), 4))
@@ -276,7 +283,7 @@ def loss(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model = GPT(CONFIG)
     plain = PlainGPT(CONFIG, dropout=0.2)
-    same_weights(plain, model)
+    copy_weights(plain, model)
     sides: dict[str, tuple[nn.Module, Runtime]] = {
         "plain": (plain, exact),
         "ours": (model, Runtime.resolve(device="cpu")),
@@ -310,8 +317,8 @@ def loss(options: argparse.Namespace) -> None:
         save_pretrained(model, options.save)
 
 
-def through_the_cache(model: GPT, x: Tensor, y: Tensor) -> float:
-    """Perplexity of windows (B, T), written one token after the other as in generation."""
+def cached_perplexity(model: GPT, x: Tensor, y: Tensor) -> float:
+    """Compute the perplexity of windows (B, T) with the cache, one token at a time."""
     total = 0.0
     with torch.inference_mode():
         cache = KVCache(model.config, len(x), like=model.transformer.wte.weight)
@@ -322,6 +329,7 @@ def through_the_cache(model: GPT, x: Tensor, y: Tensor) -> float:
 
 
 def generation(options: argparse.Namespace) -> None:
+    """Print the time of generating 256 and 2,000 tokens with each candidate."""
     model = from_pretrained(options.model) if options.model else GPT(CONFIG).eval()
     quantized = int8_weights(model)
     prompt = torch.zeros(1, 16, dtype=torch.int64)
@@ -352,7 +360,7 @@ def generation(options: argparse.Namespace) -> None:
     if options.text and options.model:
         ids = load_text(options.text)
         x, y = next(windows(ids[len(ids) * 9 // 10 :], 16, seed=2))
-        exact, rounded = (through_the_cache(m, x, y) for m in (model, quantized))
+        exact, rounded = (cached_perplexity(m, x, y) for m in (model, quantized))
         change = f"{rounded / exact - 1:+.2%}"
         print(
             f"perplexity of {x.numel():,} tokens: fp32 {exact:.4f}, int8 {rounded:.4f} ({change})"
@@ -371,19 +379,27 @@ JOBS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "jobs", nargs="*", metavar="job", help=f"of {', '.join(JOBS)}; all but loss by default"
+        "jobs", nargs="*", metavar="job", help=f"any of {', '.join(JOBS)}; default: all but loss"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of which the median is taken")
-    parser.add_argument("--steps", type=int, default=100, help="of loss")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="number of turns to take the median of"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="training steps of loss")
     parser.add_argument("--rows", type=int, default=16, help="batch size of loss")
-    parser.add_argument("--text", type=Path, help="of loss; Python's own library by default")
-    parser.add_argument("--save", type=Path, help="where loss leaves our model")
-    parser.add_argument("--model", type=Path, help="a saved model, whose perplexity is compared")
+    parser.add_argument("--text", type=Path, help="text file; loss needs it")
+    parser.add_argument("--save", type=Path, help="directory for the model that loss trains")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="directory of a saved model for generation; with --text, compares perplexities",
+    )
     parser.add_argument("--side", choices=["plain", "ours"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     unknown = sorted({*options.jobs} - {*JOBS})
     if unknown:
-        parser.error(f"unknown job {unknown[0]}; there are {', '.join(JOBS)}")
+        parser.error(f"unknown job {unknown[0]!r}; allowed are {', '.join(JOBS)}")
+    if "loss" in options.jobs and options.text is None:
+        parser.error("loss needs --text FILE")
     for job in options.jobs or [name for name in JOBS if name != "loss"]:
         torch.manual_seed(0)
         JOBS[job](options)

@@ -1,12 +1,12 @@
-"""Training on a GPU: tokens a second, model FLOPs utilisation and peak memory.
+"""Measure training on a GPU: tokens per second, model FLOPs utilisation and peak memory.
 
-    python packages/gpt-core/benchmarks/gpu.py             # the table
-    python packages/gpt-core/benchmarks/gpu.py --dry-run   # every path once, tiny, on any device
+    python packages/gpt-core/benchmarks/gpu.py             # print the table
+    python packages/gpt-core/benchmarks/gpu.py --dry-run   # try every path with tiny models
 
-It needs torch, numpy and safetensors; gpt-core is taken from the source directory. "plain" is the
-model in plain.py in fp32 (no TF32), eager, with PyTorch's default AdamW; "ours" is what
-`Runtime.resolve(compile="on")` gives: bf16, one compiled graph, flash attention, fused AdamW.
-The model's FLOPs are `GPT.flops_per_token`.
+The script needs torch, numpy and safetensors. It imports gpt-core from the source directory.
+"plain" is the model in plain.py: eager fp32 without TF32, and PyTorch's default AdamW. "ours" is
+gpt-core with `Runtime.resolve(compile="on")`: bf16, one compiled graph, flash attention and fused
+AdamW. FLOPs utilisation (MFU) is based on `GPT.flops_per_token`.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from plain import PlainGPT, eager_step
 
 from gpt_core import GPT, GPTConfig, Runtime, build_optimizer, train_steps
 
-# dense bf16 FLOP/s, from the makers' data sheets
+# FLOP/s in dense bf16, from the manufacturers' data sheets
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 MODELS = {
     "baby GPT": (GPTConfig(), 64),
     "GPT-2 124M": (GPTConfig(50304, 1024, 12, 12, 768, dropout=0.0), 16),
 }
-OURS = 10  # steps that one call of `train_steps` takes
+STEPS_PER_CALL = 10  # of `train_steps`
 Step = Callable[[], object]
 
 
@@ -53,36 +53,40 @@ def our_step(config: GPTConfig, rows: int, device: torch.device, compile: str) -
     model = runtime.prepare(GPT(config))
     optimizer = build_optimizer(model, learning_rate=1e-4)
     source = batches(config, rows)
-    return lambda: train_steps(model, source, optimizer, steps=OURS, runtime=runtime)
+    return lambda: train_steps(model, source, optimizer, steps=STEPS_PER_CALL, runtime=runtime)
 
 
-def measure(step: Step, steps_each: int, rounds: int, device: torch.device) -> tuple[float, float]:
-    """Seconds of one training step (median) and peak memory in GiB."""
+def measure(
+    step: Step, steps_per_call: int, rounds: int, device: torch.device
+) -> tuple[float, float]:
+    """Return the median seconds of one training step and the peak memory in GiB."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    step()  # compiles
+    step()  # the first call compiles
     seconds = []
     for _ in range(rounds):
         start = perf_counter()
         step()
         if cuda:
             torch.cuda.synchronize()
-        seconds.append((perf_counter() - start) / steps_each)
+        seconds.append((perf_counter() - start) / steps_per_call)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
     return median(seconds), peak
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dry-run", action="store_true", help="tiny models, two rounds")
+    parser.add_argument("--dry-run", action="store_true", help="try tiny models, for two rounds")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="number of calls to take the median of"
+    )
     options = parser.parse_args()
     device = Runtime.resolve(device=options.device).device
     if device.type != "cuda" and not options.dry_run:
-        parser.error(f"the device is {device}; --dry-run tries every path without a GPU")
+        parser.error(f"the device is {device}; without a GPU only --dry-run is allowed")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak_flops = next((PEAK[key] for key in PEAK if key in name.replace("-", " ").split()), None)
     print(f"{name}, torch {torch.__version__}")
@@ -94,14 +98,14 @@ def main() -> None:
         flops = GPT(config).flops_per_token()
         paths: dict[str, tuple[Callable[[], Step], int]] = {
             "plain fp32": (partial(plain_step, config, rows, device), 1),
-            "ours, not compiled": (partial(our_step, config, rows, device, "off"), OURS),
-            "ours": (partial(our_step, config, rows, device, "on"), OURS),
+            "ours, not compiled": (partial(our_step, config, rows, device, "off"), STEPS_PER_CALL),
+            "ours": (partial(our_step, config, rows, device, "on"), STEPS_PER_CALL),
         }
-        for path, (build, steps_each) in paths.items():
+        for path, (build, steps_per_call) in paths.items():
             torch.manual_seed(0)
-            torch.set_float32_matmul_precision("highest")  # `prepare` allows TF32 for ours
+            torch.set_float32_matmul_precision("highest")  # `Runtime.prepare` has allowed TF32
             rounds = 2 if options.dry_run else options.rounds
-            seconds, memory = measure(build(), steps_each, rounds, device)
+            seconds, memory = measure(build(), steps_per_call, rounds, device)
             rate = rows * config.block_size / seconds
             mfu = f"{rate * flops / peak_flops:.1%}" if peak_flops else "-"
             figures = f"{seconds * 1e3:>9.1f} {rate:>12,.0f} {mfu:>6} {memory:>6.2f}"

@@ -1,4 +1,4 @@
-"""The plain reference: the same GPT as it is usually written, fp32, eager, dropout everywhere."""
+"""The same GPT as it is usually written: eager fp32, with dropout in attention too."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,8 @@ from gpt_core import GPTConfig
 
 
 class PlainBlock(nn.Module):
+    """A transformer block with explicit attention weights, (B, T, C) to (B, T, C)."""
+
     def __init__(self, config: GPTConfig, p: float) -> None:
         super().__init__()
         C = config.n_embd
@@ -34,6 +36,8 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
+    """The reference model. It takes int64 (B, T) and returns logits and loss."""
+
     def __init__(self, config: GPTConfig, dropout: float) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -57,7 +61,7 @@ class PlainGPT(nn.Module):
 def eager_step(
     model: nn.Module, loss: Callable[[], Tensor], learning_rate: float = 1e-3
 ) -> Callable[[], None]:
-    """A training step as it is usually written: backward, clip, AdamW, clear."""
+    """Return a function that takes one training step with clipping and AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
 
     def step() -> None:

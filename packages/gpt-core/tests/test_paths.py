@@ -74,8 +74,8 @@ def bf16_chunked(model: GPT, batch: Batch) -> Tensor:
 
 
 # fp32 has a precision of 24 bits. Sums of some hundred terms in another order differ by a relative
-# error of a few 1e-6. bf16 has a precision of 8 bits. Each rounding to it has a relative error of up
-# to 2^-9, or 0.2 %. A gradient passes through about a dozen roundings. Most errors average out, and a
+# error of a few 1e-6. bf16 has a precision of 8 bits. Each rounding changes a value by at most
+# 2^-9, or 0.2 %. A gradient is rounded about a dozen times. Most of these errors average out, and a
 # few per cent of the norm remain.
 @pytest.mark.parametrize(
     ("path", "loss_tolerance", "gradient_tolerance"),

@@ -23,8 +23,8 @@ def test_the_error_of_a_product_is_rounding_error(rows: int, bias: bool) -> None
     x = torch.randn(rows, 3, 96) if rows > KERNEL_ROWS else torch.randn(rows, 96)
     exact, rounded = linear(x), Int8Linear(linear)(x).float()
     assert rounded.shape == exact.shape
-    # The error of a weight is uniform within half a step. A step is 1/127 of the largest weight. The
-    # relative error of inputs and outputs in bf16 is at most 2^-9. The errors of the 96 terms
+    # The error of a weight is uniform within half a step. A step is 1/127 of the largest weight.
+    # The relative error of inputs and outputs in bf16 is at most 2^-9. The errors of the 96 terms
     # are independent, so their squares add up.
     step = linear.weight.detach().abs().amax(1) / 127
     deviation = (step / 12**0.5) * x.square().sum(-1, keepdim=True).sqrt()
