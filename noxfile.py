@@ -1,4 +1,4 @@
-"""Every job of this repository; `nox -l` lists them."""
+"""Every job of this repository. `nox -l` lists them."""
 
 import json
 import re
@@ -18,17 +18,14 @@ ROOT = Path(__file__).parent
 LIBRARIES = ["packages/gpt-core", "packages/shakespeare-data", "packages/flower-adapter"]
 APP = "apps/nanogpt-flower"
 PACKAGES = [*LIBRARIES, APP]
-INTERRUPT = {"interrupt_timeout": 60.0, "terminate_timeout": 30.0}  # time to end its processes
+INTERRUPT = {"interrupt_timeout": 60.0, "terminate_timeout": 30.0}  # s, to end its processes
+# One thread for each test process: threads that wait for each other on shared cores are slow.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def project(package: str) -> dict[str, object]:
-    """The `[project]` table of a package."""
+    """Return the `[project]` table of a package."""
     return tomllib.loads((ROOT / package / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-
-def needed(package: str) -> list[str]:
-    """The other directories to install with a package."""
-    return LIBRARIES if package == APP else []
 
 
 def install(session: nox.Session, *requirements: str) -> None:
@@ -37,16 +34,26 @@ def install(session: nox.Session, *requirements: str) -> None:
 
 
 @nox.session
+def tests(session: nox.Session) -> None:
+    """Test all packages in one environment. Arguments go to pytest."""
+    install(session, *(f"{package}[test]" for package in PACKAGES), "pytest-xdist")
+    spread = ["-n", "auto", "--dist", "loadfile"]  # each file in one process, with its fixtures
+    session.run("pytest", *spread, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 @nox.parametrize("package", PACKAGES, ids=[Path(package).name for package in PACKAGES])
-def tests(session: nox.Session, package: str) -> None:
-    """Test a package in an environment of its own; arguments go to pytest."""
-    install(session, *needed(package), f"{package}[test]")
-    session.run("pytest", f"{package}/tests", *session.posargs)
+def slow(session: nox.Session, package: str) -> None:
+    """Run the slow tests, and all tests of each library with its own dependencies alone."""
+    libraries = LIBRARIES if package == APP else []
+    install(session, *libraries, f"{package}[test]")
+    marked = "slow" if package == APP else "slow or not slow"
+    session.run("pytest", f"{package}/tests", "-m", marked, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
 def parity(session: nox.Session) -> None:
-    """Compare gpt-core with Hugging Face transformers; arguments go to pytest."""
+    """Compare gpt-core with Hugging Face transformers. Arguments go to pytest."""
     install(session, "packages/gpt-core[parity]")
     session.run("pytest", "packages/gpt-core/parity", *session.posargs)
 
@@ -129,7 +136,7 @@ def read_benchmarks(results: Path) -> list[dict]:
 
 
 def row(package: str, found: dict) -> tuple[str, ...]:
-    """One line of the table: medians of both sides, and how many times faster ours is."""
+    """Return one line of the table: the medians of both sides, and their ratio."""
     about, ours = found["extra_info"], found["stats"]["median"]
     reference = about["reference_seconds"]
     return (
@@ -153,7 +160,7 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build wheels and sdists; try each wheel alone in an empty environment."""
+    """Build wheels and sdists, and try each wheel alone in an empty environment."""
     install(session, "build")
     dist = ROOT / "dist"
     shutil.rmtree(dist, ignore_errors=True)
@@ -179,7 +186,7 @@ def build(session: nox.Session) -> None:
 
 
 def readme_example(readme: Path) -> str:
-    """The Python block that follows the line `<!-- example -->`, if there is one."""
+    """Return the Python block after the line `<!-- example -->`, or nothing."""
     text = readme.read_text(encoding="utf-8")
     found = re.search(r"<!-- example -->\n```python\n(.*?)```", text, flags=re.DOTALL)
     return found[1] if found else ""

@@ -1,121 +1,77 @@
-"""The app's clients and server in one process: bytes, time and loss of every codec.
+"""Measure bytes, time and loss of the app at each codec, in one process.
 
     python benchmarks/codecs.py [key=value ...] [--codecs fp32,bf16,int8,int4,2-bit]
 
-Each codec is used both ways ("2-bit/int8": up in 2 bits, down in 8), for a whole federation of two
-clients at the app's default settings but for those given. Messages are counted as they leave either
-side.
+Each codec serves both directions. "2-bit/int8" means 2-bit for the replies and int8 for the
+messages. For each codec two clients train at the default settings, apart from those given.
 """
 
 import argparse
 import json
-import random
 import statistics
+import tempfile
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
-from uuid import uuid4
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Context, RecordDict
 
-import flower_adapter.strategies.wired
-import flower_adapter.wire
-from flower_adapter import Guarded, Seeded, Wired, load_arrays, to_arrays
-from gpt_core import GPT, evaluate
-from nanogpt_flower.client_app import app
-from nanogpt_flower.composition import model_config, runtime
-from nanogpt_flower.server_app import outer_strategy, validation_split
+import flower_adapter.client.compression as client_side
+import flower_adapter.server.compression as server_side
+from flower_adapter import RoundRecord, run_rounds
+from flower_adapter.testing import LocalGrid
+from nanogpt_flower import server_app
+from nanogpt_flower.client_app import app as client_app
 from nanogpt_flower.settings import Settings
-from shakespeare_data import CharTokenizer, load_corpus, sequential_batches
+
+Seconds = dict[str, list[float]]
 
 
-class OneProcess(Grid):
-    """A grid that runs the ClientApp of each node at once, and counts the bytes."""
+def measure(settings: Settings) -> dict[str, Any]:
+    """Run one federation and return its figures."""
+    records: list[RoundRecord] = []
+    seconds: Seconds = defaultdict(list)
 
-    def __init__(self, client_app: ClientApp, run_config: dict[str, Any], num_nodes: int) -> None:
-        self.app = client_app
-        self.contexts = {
-            node: Context(
-                1,
-                node,
-                {"partition-id": node - 1, "num-partitions": num_nodes},
-                RecordDict(),
-                run_config,
-            )
-            for node in range(1, num_nodes + 1)
-        }
-        self.bytes: dict[str, list[int]] = defaultdict(list)
-        self.waiting: dict[str, Message] = {}
+    def run_and_record(*args: Any, on_round: Callable[[RoundRecord], None], **kwargs: Any) -> Any:
+        def both(record: RoundRecord) -> None:
+            on_round(record)
+            record.arrays = None
+            records.append(record)
 
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.contexts)
+        return run_rounds(*args, on_round=both, **kwargs)
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        for message in messages:
-            kind = message.metadata.message_type
-            message_id = message.metadata.__dict__["_message_id"] = str(uuid4())
-            self.bytes[f"{kind} down"].append(size(message))
-            reply = self.app(message, self.contexts[message.metadata.dst_node_id])
-            self.bytes[f"{kind} up"].append(size(reply))
-            self.waiting[message_id] = reply
-            yield message_id
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self.waiting.pop(message_id) for message_id in message_ids]
-
-    @property
-    def run(self) -> Run:
-        raise NotImplementedError
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        return self.pull_messages(list(self.push_messages(messages)))
-
-
-def size(message: Message) -> int:
-    return sum(record.count_bytes() for record in message.content.values())
-
-
-def federation(settings: Settings) -> None:
-    """One federation, and a line of its figures."""
-    corpus = load_corpus(settings.corpus)
-    tokenizer = CharTokenizer.from_text(corpus.text)
-    validation = validation_split(settings, corpus, tokenizer)
-    torch.manual_seed(settings.seed)
-    run, model = runtime(settings), GPT(model_config(settings, tokenizer.vocab_size))
-    losses = []
-
-    def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        load_arrays(model, arrays)
-        batches = sequential_batches(validation, settings.batch_size, settings.block_size)
-        losses.append(evaluate(model, batches, runtime=run))
-        print(f"  {settings.uplink} round {server_round}: {losses[-1]:.4f}", flush=True)
-        return MetricRecord({"val-loss": losses[-1]})
-
-    to_clients = {
-        "tokenizer": tokenizer.to_json(),
-        "corpus": corpus.name,
-        "corpus-sha256": corpus.sha256,
+    run_config = settings.to_run_config()
+    grid = LocalGrid(client_app, settings.min_clients, run_config=run_config)
+    with timed(seconds), patch.object(server_app, "run_rounds", run_and_record):
+        server_app.main(grid, Context(1, 0, {}, RecordDict(), run_config))
+    clients = [client for record in records for client in record.train_clients]
+    return {
+        "uplink": settings.uplink,
+        "downlink": settings.downlink,
+        "losses": [round(record.metric("val-loss") or 0.0, 4) for record in records],
+        "first message MB": clients[0].bytes_sent / 1e6,
+        "MB down, a client and round": median_of(records, "bytes_sent", settings.min_clients),
+        "MB up, a client and round": median_of(records, "bytes_received", settings.min_clients),
+        **{f"{name} ms": statistics.median(took) * 1e3 for name, took in seconds.items()},
     }
-    grid = OneProcess(app, settings.to_run_config(), settings.min_clients)
-    seconds: dict[str, list[float]] = defaultdict(list)
 
-    def timed(name: str, function: Any) -> Any:
+
+def median_of(records: list[RoundRecord], name: str, num_clients: int) -> float:
+    """Return the median over the rounds after the first one, whose message is whole."""
+    totals = [getattr(record, name) for record in records if record.server_round > 1]
+    return statistics.median(totals) / num_clients / 1e6 if totals else float("nan")
+
+
+@contextmanager
+def timed(seconds: Seconds) -> Iterator[None]:
+    """Time each encoding and decoding on both sides."""
+
+    def wrap(name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:
             start = time.perf_counter()
             try:
@@ -125,32 +81,13 @@ def federation(settings: Settings) -> None:
 
         return call
 
-    wire, wired = flower_adapter.wire, flower_adapter.strategies.wired
     with (
-        patch.object(wire, "encode", timed("encode", wire.encode)),
-        patch.object(wired, "encode", timed("encode", wired.encode)),
-        patch.object(wire, "decode", timed("decode", wire.decode)),
-        patch.object(wired, "decode", timed("decode", wired.decode)),
+        patch.object(client_side, "encode", wrap("encode", client_side.encode)),
+        patch.object(server_side, "encode", wrap("encode", server_side.encode)),
+        patch.object(client_side, "decode", wrap("decode", client_side.decode)),
+        patch.object(server_side, "decode", wrap("decode", server_side.decode)),
     ):
-        strategy = Guarded(
-            Wired(outer_strategy(settings), uplink=settings.uplink, downlink=settings.downlink)
-        )
-        Seeded(strategy, seed=settings.seed).start(
-            grid,
-            to_arrays(model),
-            num_rounds=settings.num_server_rounds,
-            train_config=ConfigRecord(to_clients),
-            evaluate_config=ConfigRecord(to_clients),
-            evaluate_fn=evaluate_fn,
-        )
-    figures = {
-        "codec": f"{settings.uplink} up, {settings.downlink} down",
-        "losses": [round(loss, 4) for loss in losses],
-        "first message MB": grid.bytes["train down"][0] / 1e6,
-        **{f"{kind} MB": statistics.median(sent) / 1e6 for kind, sent in grid.bytes.items()},
-        **{f"{name} ms": statistics.median(took) * 1e3 for name, took in seconds.items()},
-    }
-    print(json.dumps(figures), flush=True)
+        yield
 
 
 def main() -> None:
@@ -159,13 +96,12 @@ def main() -> None:
     parser.add_argument("--codecs", default="fp32,bf16,int8,int4,2-bit")
     options = parser.parse_args()
     given = tomllib.loads("\n".join(options.settings))
-    for name in ("_run_id", "_node_id", "_task_id"):
-        setattr(TaskIdentity, name, 1)  # as in a ServerApp: else no message can be made
     for codec in options.codecs.split(","):
         uplink, _, downlink = codec.partition("/")
-        random.seed(0)
         codecs = {"uplink": uplink, "downlink": downlink or uplink}
-        federation(Settings.from_run_config({**given, **codecs}))
+        with tempfile.TemporaryDirectory() as room:
+            config = {**given, **codecs, "output-dir": str(Path(room)), "sample-tokens": 0}
+            print(json.dumps(measure(Settings.from_run_config(config))), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the federation adds to a client's training."""
+"""The cost that the federation adds to a client's training."""
 
 import tomllib
 from collections.abc import Callable
@@ -19,7 +19,7 @@ QUICK = Path(__file__).parents[1] / "presets" / "quick.toml"
 
 
 def test_round_of_a_client(compare: Callable[..., None], tmp_path: Path) -> None:
-    """100 steps of the quick preset, from arrays to arrays, beside the steps alone."""
+    """Compare 100 steps of the quick preset, from arrays to arrays, with the steps alone."""
     text = tmp_path / "text.txt"
     letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, 200_000)
     text.write_text(letters.astype("uint8").tobytes().decode(), encoding="utf-8")
@@ -66,7 +66,7 @@ def test_round_of_a_client(compare: Callable[..., None], tmp_path: Path) -> None
 
 
 def test_batch_beside_its_training_step(compare: Callable[..., None]) -> None:
-    """Drawing a batch of the quick preset, and the step that it is for."""
+    """Compare drawing a batch of the quick preset with the training step that uses it."""
     settings = Settings.from_run_config(
         tomllib.loads(QUICK.read_text(encoding="utf-8")) | {"device": "cpu"}
     )
@@ -78,7 +78,7 @@ def test_batch_beside_its_training_step(compare: Callable[..., None]) -> None:
     compare(
         lambda: [next(batches) for _ in range(100)],
         lambda: train_steps(model, batches, optimizer, steps=100, runtime=runtime),
-        reference_name="100 training steps, their batches among them",
+        reference_name="100 training steps with their batches",
         amount=100 * settings.batch_size * settings.block_size,
         unit="tokens",
     )

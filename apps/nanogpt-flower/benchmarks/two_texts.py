@@ -1,4 +1,4 @@
-"""The loss of one model on Tiny Shakespeare and on the nine plays, which stand in for it offline.
+"""Measure one model's loss on Tiny Shakespeare and on the nine plays that replace it offline.
 
     python benchmarks/two_texts.py runs/<run id>/model
 

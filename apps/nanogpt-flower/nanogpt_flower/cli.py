@@ -11,7 +11,7 @@ import torch
 import nanogpt_flower
 from gpt_core import GPT, CheckpointError, Runtime, from_pretrained, stream
 from nanogpt_flower.artifacts import MODEL_DIRECTORY, TOKENIZER_FILE
-from nanogpt_flower.composition import sample_start
+from nanogpt_flower.composition import default_prompt
 from shakespeare_data import CharTokenizer
 
 
@@ -37,7 +37,7 @@ def sample(arguments: argparse.Namespace) -> None:
     """Print the prompt and the text that the model writes after it, character by character."""
     model, tokenizer = load_model(arguments.directory)
     runtime = Runtime.resolve(device=arguments.device, compile="off")
-    prompt = arguments.prompt or sample_start(tokenizer)
+    prompt = arguments.prompt or default_prompt(tokenizer)
     prompt_ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))[None]  # (1, T)
     tokens = stream(
         runtime.prepare(model),

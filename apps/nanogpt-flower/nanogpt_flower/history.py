@@ -1,46 +1,46 @@
-"""The rounds so far: the table that grows, and the rows of `metrics.jsonl`."""
+"""The rounds so far, as a table in the terminal and as the rows of `metrics.jsonl`."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from flower_adapter import Checkpoint
+from flower_adapter import RoundRecord
 from nanogpt_flower.artifacts import RunDirectory
 
 
 @dataclass(frozen=True)
 class Row:
-    """One round in the table and in `metrics.jsonl`; losses in nats a character."""
+    """One round in the table and in `metrics.jsonl`. Losses are in nats per character."""
 
     round: int
-    train_loss: float | None  # mean over the clients' steps, weighted by num-examples
-    val_loss: float | None  # of the average on the whole validation split, if the server has it
-    client_val_loss: float | None  # mean over the clients' validation parts
-    clients: int  # whose training went into the average
+    train_loss: float | None  # mean over the clients, weighted by num-examples
+    val_loss: float | None  # of the global model on the server's validation text, if it has one
+    client_val_loss: float | None  # mean over the clients' validation texts
+    clients: int  # clients whose training was averaged
 
     @classmethod
-    def of_round(cls, server_round: int, checkpoint: Checkpoint) -> "Row":
-        """The row of a round up to that of the checkpoint."""
+    def of_round(cls, record: RoundRecord) -> "Row":
+        """Return the row of a round."""
 
-        def metric(name: str, by_round: dict[int, Any]) -> Any:
-            return by_round.get(server_round, {}).get(name)
+        def metric(metrics: dict[str, Any] | None, name: str) -> Any:
+            return None if metrics is None else metrics.get(name)
 
         return cls(
-            round=server_round,
-            train_loss=metric("train-loss", checkpoint.train_metrics),
-            val_loss=metric("val-loss", checkpoint.server_metrics),
-            client_val_loss=metric("val-loss", checkpoint.evaluate_metrics),
-            clients=metric("num-replies", checkpoint.train_metrics) or 0,
+            round=record.server_round,
+            train_loss=metric(record.train_metrics, "train-loss"),
+            val_loss=metric(record.server_metrics, "val-loss"),
+            client_val_loss=metric(record.evaluate_metrics, "val-loss"),
+            clients=len(record.train_clients),
         )
 
     @property
     def shown_val_loss(self) -> float | None:
-        """The server's figure, else the clients'."""
+        """The server's validation loss, else the clients'."""
         return self.client_val_loss if self.val_loss is None else self.val_loss
 
     @property
     def perplexity(self) -> float | None:
-        """e to the validation loss; capped, so that a loss gone wild is still a number."""
+        """The exponential of the validation loss, capped so that it stays a number."""
         loss = self.shown_val_loss
         return None if loss is None else math.exp(min(loss, 700.0))
 
@@ -59,23 +59,23 @@ def _cell(value: float | None, width: int, digits: int) -> str:
 
 
 class History:
-    """The rounds so far: a row each, printed and written as it is finished."""
+    """The rounds so far. Each new round is printed and written at once."""
 
     HEADER = f"{'round':>5}  {'train loss':>10}  {'val loss':>8}  {'perplexity':>10}"
 
     def __init__(self, directory: RunDirectory, *, note: str = "") -> None:
         self.directory = directory
+        self.records: list[RoundRecord] = []
         self.rows: list[Row] = []
-        self.notes = [note] if note else []
+        self._notes = [note] if note else []
 
-    def show(self, checkpoint: Checkpoint) -> None:
-        """Print the rows that are new, write `metrics.jsonl` and draw the curve anew."""
-        new = range(len(self.rows), checkpoint.server_round + 1)
+    def add(self, record: RoundRecord) -> None:
+        """Print the row of a round, write `metrics.jsonl` and draw the curve."""
         if not self.rows:
             print(self.HEADER)
-        for server_round in new:
-            self.rows.append(Row.of_round(server_round, checkpoint))
-            print(self.rows[-1], flush=True)
+        self.records.append(replace(record, arrays=None))  # the arrays would fill the memory
+        self.rows.append(Row.of_round(record))
+        print(self.rows[-1], flush=True)
         self.directory.write_metrics(
             [{**asdict(row), "perplexity": row.perplexity} for row in self.rows]
         )
@@ -85,6 +85,19 @@ class History:
         )
 
     def table(self) -> str:
-        """All rows, and under them what a reader must know to compare them."""
-        notes = [f"note: {note}" for note in self.notes]
+        """Return all rows, and below them the notes that a reader needs to compare them."""
+        notes = [f"note: {note}" for note in (*self._notes, *_left_out(self.records))]
         return "\n".join([self.HEADER, *map(str, self.rows), *notes])
+
+
+def _left_out(records: list[RoundRecord]) -> list[str]:
+    """Return a line for each client that was left out, and for each reason."""
+    rounds: dict[tuple[str, int, str], list[int]] = {}
+    for record in records:
+        for client in record.left_out:
+            key = (client.phase, client.node, client.reason)
+            rounds.setdefault(key, []).append(record.server_round)
+    return [
+        f"LEFT OUT of {phase} in round {', '.join(map(str, missed))}: node {node}: {reason}"
+        for (phase, node, reason), missed in rounds.items()
+    ]

@@ -32,7 +32,7 @@ import tomli_w
 import torch
 
 from nanogpt_flower.artifacts import RunDirectory, writable_directory
-from nanogpt_flower.composition import NO_CORPUS, parts, runtime, sample_prompt
+from nanogpt_flower.composition import NO_CORPUS, compression, parts, runtime, sample_prompt
 from nanogpt_flower.settings import Settings
 from shakespeare_data import CORPORA, CharTokenizer, load_corpus, partition
 
@@ -299,6 +299,7 @@ def check_run_config(run_config: Mapping[str, Any], num_clients: int) -> None:
     """
     settings = Settings.from_run_config(run_config)
     runtime(settings)
+    compression(settings)
     if settings.corpus != NO_CORPUS:
         corpus = load_corpus(settings.corpus)
         tokenizer = CharTokenizer.from_text(corpus.text)

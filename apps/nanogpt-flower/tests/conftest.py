@@ -1,12 +1,16 @@
 import random
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Context, RecordDict
 
+from flower_adapter.testing import LocalGrid
+from nanogpt_flower.client_app import app as client_app
+from nanogpt_flower.server_app import main
+from nanogpt_flower.settings import Settings
 from shakespeare_data import CharTokenizer, load_corpus
 
 APP = Path(__file__).parents[1]
@@ -37,7 +41,7 @@ def default_run_config() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """8,000 characters of a language with a rhythm that a model can learn."""
+    """A text of 8,000 characters that a tiny model can learn."""
     choice = random.Random(0).choice
     words = [choice(["to be", "or not", "my lord", "good night", "sweet"]) for _ in range(2000)]
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
@@ -45,14 +49,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(text_file: Path) -> dict[str, Any]:
     return TINY | {"corpus": str(text_file)}
 
 
 @pytest.fixture
 def to_clients(text_file: Path) -> ConfigRecord:
-    """What the server sends along with the model."""
+    """The config that the server sends with the model."""
     corpus = load_corpus(str(text_file))
     tokenizer = CharTokenizer.from_text(corpus.text)
     return ConfigRecord(
@@ -74,3 +78,30 @@ def context(default_run_config: dict[str, Any], tiny: dict[str, Any]) -> Callabl
         return Context(1, 2, node, RecordDict(), config)
 
     return make
+
+
+RunApp = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def run_app() -> RunApp:
+    """`run_app(settings, num_clients)`: the whole app in this process; returns its run directory.
+
+    `data_paths` gives each client a directory in place of a partition.
+    """
+
+    def run(
+        settings: dict[str, Any],
+        num_clients: int = 2,
+        data_paths: Sequence[Path] = (),
+        run_id: int = 1,
+    ) -> Path:
+        config = Settings.from_run_config({"min-clients": num_clients, **settings})
+        run_config = config.to_run_config()
+        grid = LocalGrid(client_app, num_clients, run_config=run_config, run_id=run_id)
+        for partition, path in enumerate(data_paths):
+            grid.contexts[grid.node(partition)].node_config["data-path"] = str(path)
+        main(grid, Context(run_id, 0, {}, RecordDict(), run_config))
+        return Path(config.resume_from or Path(config.output_dir) / str(run_id))
+
+    return run

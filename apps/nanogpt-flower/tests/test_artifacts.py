@@ -1,16 +1,13 @@
 import errno
 import hashlib
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, MetricRecord
 
 import nanogpt_flower
-from flower_adapter import Checkpoint
 from gpt_core import GPT, GPTConfig, Runtime
 from nanogpt_flower.artifacts import (
     MODEL_DIRECTORY,
@@ -19,7 +16,6 @@ from nanogpt_flower.artifacts import (
     writable_directory,
 )
 from nanogpt_flower.cli import main
-from nanogpt_flower.history import History
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, load_corpus
 
@@ -223,81 +219,3 @@ def test_a_model_with_the_tokenizer_of_another_text_is_refused(
     CharTokenizer("abcde").save(finished.path / MODEL_DIRECTORY / TOKENIZER_FILE)
     assert main(["sample", str(finished.path)]) == 2
     assert "has 5 characters, but the model beside it has 4" in capsys.readouterr().err
-
-
-def checkpoint(*rounds: tuple[float | None, float | None, float | None, int]) -> Checkpoint:
-    """A run whose round 0 has a loss of 4; then train, server's and clients' loss, and replies."""
-
-    def by_round(name: str, index: int) -> dict[int, MetricRecord]:
-        found = enumerate((row[index] for row in rounds), start=1)
-        return {at: MetricRecord({name: value}) for at, value in found if value is not None}
-
-    train = by_round("train-loss", 0)
-    for at, (*_, replies) in enumerate(rounds, start=1):
-        train.setdefault(at, MetricRecord())["num-replies"] = replies
-    return Checkpoint(
-        run="1",
-        resumed=[],
-        server_round=len(rounds),
-        arrays=ArrayRecord(),
-        model={},
-        strategy=[],
-        random_states={},
-        train_metrics=train,
-        evaluate_metrics=by_round("val-loss", 2),
-        server_metrics={0: MetricRecord({"val-loss": 4.0}), **by_round("val-loss", 1)},
-    )
-
-
-def rows_of(directory: RunDirectory) -> list[dict[str, float | None]]:
-    lines = (directory.path / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def test_rounds_are_printed_written_and_drawn(
-    directory: RunDirectory, capsys: pytest.CaptureFixture[str]
-) -> None:
-    history = History(directory, note="figures are of another corpus")
-    history.show(checkpoint())
-    history.show(checkpoint((1.5, 2.0, 2.5, 3)))
-    printed = capsys.readouterr().out.splitlines()
-    assert printed == history.table().splitlines()[:-1]
-    assert printed[2].split() == ["1", "1.5000", "2.0000", "7.39"]
-    assert history.table().endswith("note: figures are of another corpus")
-    before, after = rows_of(directory)
-    assert (before["round"], before["val_loss"], before["train_loss"]) == (0, 4.0, None)
-    assert after.pop("perplexity") == pytest.approx(math.exp(2.0))
-    assert after == {
-        "round": 1,
-        "train_loss": 1.5,
-        "val_loss": 2.0,
-        "client_val_loss": 2.5,
-        "clients": 3,
-    }
-    assert (directory.path / "curve.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_resumed_run_shows_and_writes_the_rounds_before_too(
-    directory: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rounds = [(1.5, 2.0, 2.5, 3), (1.25, 1.75, 2.25, 2), (None, 1.75, None, 0)]
-    whole, resumed = History(directory), History(RunDirectory.create(str(tmp_path), 43))
-    for end in range(4):
-        whole.show(checkpoint(*rounds[:end]))
-    printed = capsys.readouterr().out
-    for end in (2, 3):
-        resumed.show(checkpoint(*rounds[:end]))
-    assert capsys.readouterr().out == printed
-    assert rows_of(resumed.directory) == rows_of(directory)
-    assert [row["clients"] for row in rows_of(directory)] == [0, 3, 2, 0]
-
-
-def test_without_the_servers_text_the_clients_figure_is_shown(
-    directory: RunDirectory, capsys: pytest.CaptureFixture[str]
-) -> None:
-    without = checkpoint((None, None, 2.0, 2))
-    without.server_metrics.clear()
-    History(directory).show(without)
-    _, before, after = capsys.readouterr().out.splitlines()
-    assert before.split() == ["0", "-", "-", "-"]
-    assert after.split() == ["1", "-", "2.0000", "7.39"]

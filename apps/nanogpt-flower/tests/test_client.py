@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -5,21 +6,19 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from flower_adapter import restore_state, to_arrays
+from flower_adapter.testing import LocalGrid
 from nanogpt_flower.client_app import (
     app,
     build_model,
     evaluate_part,
-    label,
-    own_part,
-    place,
+    num_steps,
     state_directory,
     train,
-    training_batches,
 )
-from nanogpt_flower.composition import VocabularyMismatch, seed_for
+from nanogpt_flower.client_text import client_part, label, text_name
+from nanogpt_flower.composition import VocabularyMismatch, client_seed
 from nanogpt_flower.settings import Settings
 from shakespeare_data import CharTokenizer, DataError, load_corpus, partition
 
@@ -69,30 +68,43 @@ def test_the_optimizer_and_the_warm_up_go_on_where_the_last_round_ended(
     assert state["optimizer"]["param_groups"][0]["lr"] == 0.01
 
 
-def test_clients_and_rounds_draw_different_batches(
-    context: MakeContext, to_clients: ConfigRecord
-) -> None:
-    here = context()
-    settings = Settings.from_run_config(here.run_config)
-    part = own_part(settings, to_clients, here)
-    firsts = set()
-    for name, server_round in (("left", 1), ("right", 1), ("left", 2)):
-        batches, _ = training_batches(part, settings, seed_for(settings, name, server_round))
-        firsts.add(next(batches)[0].numpy().tobytes())
-    assert len(firsts) == 3
+def test_clients_and_rounds_have_different_seeds() -> None:
+    pairs = [("left", 1), ("right", 1), ("left", 2)]
+    seeds = [client_seed(Settings(), name, server_round) for name, server_round in pairs]
+    assert len(set(map(tuple, seeds))) == 3
 
 
-def test_without_a_step_limit_an_epoch_sees_every_window_once(
-    context: MakeContext, to_clients: ConfigRecord
+@pytest.mark.parametrize(
+    ("local_epochs", "max_steps", "batch_size", "steps"),
+    [
+        (1, 50, 64, 50),  # the defaults
+        (1, 0, 64, 56),  # one pass over 3,584 windows
+        (2, 0, 64, 112),
+        (2, 100, 64, 100),
+        (1, 50, 3584, 1),
+        (1, 0, 3583, 2),
+    ],
+)
+def test_a_round_is_local_epochs_passes_cut_short_at_max_steps(
+    context: MakeContext,
+    to_clients: ConfigRecord,
+    local_epochs: int,
+    max_steps: int,
+    batch_size: int,
+    steps: int,
 ) -> None:
-    settings = Settings.from_run_config(context(max_steps=0, local_epochs=2).run_config)
-    part = own_part(settings, to_clients, context())
-    batches, steps = training_batches(part, settings, [1, 2, 3])
-    starts = [row[:16].tobytes() for x, _ in batches for row in x.numpy()]
-    windows = part.train[: len(part.train) // 16 * 16].reshape(-1, 16).astype(np.int64)
-    windows = windows[: (len(part.train) - 1) // 16]
-    assert steps == 2 * -(-len(windows) // 8)
-    assert sorted(starts) == sorted(2 * [window.tobytes() for window in windows])
+    given = {"local_epochs": local_epochs, "max_steps": max_steps, "batch_size": batch_size}
+    settings = Settings.from_run_config(context(**given).run_config)
+    part = client_part(settings, to_clients, context())
+    assert len(part.train) - settings.block_size == 3584
+    assert num_steps(settings, part) == steps
+
+
+def test_the_defaults_take_fifty_steps_on_half_of_tiny_shakespeare() -> None:
+    class Half:
+        train = np.zeros(1_003_854 // 2, np.uint16)
+
+    assert num_steps(Settings(), Half()) == 50  # type: ignore[arg-type]
 
 
 def test_a_data_path_is_trained_on_and_nothing_else(
@@ -102,10 +114,10 @@ def test_a_data_path_is_trained_on_and_nothing_else(
     here = context({"data-path": str(parts[1]), "partition-id": 0, "num-partitions": 2})
     settings = Settings.from_run_config(here.run_config)
     elsewhere = ConfigRecord({**to_clients, "corpus": "no such corpus"})
-    part = own_part(settings, elsewhere, here)
+    part = client_part(settings, elsewhere, here)
     expected = np.fromfile(parts[1] / "train.bin", dtype="<u2")
     assert np.array_equal(part.train, expected)
-    assert place(here) == str(parts[1])
+    assert text_name(here) == str(parts[1])
 
 
 def test_a_label_follows_the_text_and_not_its_place(
@@ -179,10 +191,8 @@ def test_a_restarted_client_goes_on_with_its_optimizer(
     context: MakeContext,
     to_clients: ConfigRecord,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+    LocalGrid(app, 0)  # lets this process make messages, as a ServerApp does
 
     def round_of(here: Context, server_round: int) -> RecordDict:
         torch.manual_seed(0)
@@ -200,3 +210,40 @@ def test_a_restarted_client_goes_on_with_its_optimizer(
     assert restarted["arrays"] == round_of(living, 2)["arrays"]
     assert restarted["arrays"] != round_of(forgetful, 2)["arrays"]
     assert [path.name for path in tmp_path.iterdir()] == ["partition 0000 of 2"]
+
+
+def test_each_file_of_a_text_is_opened_once_a_message_and_not_again_while_unchanged(
+    context: MakeContext, to_clients: ConfigRecord, text_file: Path, tmp_path: Path
+) -> None:
+    LocalGrid(app, 0)
+    copy = tmp_path / "text.txt"
+    copy.write_bytes(text_file.read_bytes())
+    (part, _) = partition(load_corpus(str(text_file)), 2).write(tmp_path / "parts")
+    opened: list[str] = []
+    watched = tuple(map(str, (part, copy)))
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and str(arguments[0]).startswith(watched):
+            opened.append(Path(str(arguments[0])).name)
+
+    sys.addaudithook(watch)
+
+    def opens(kind: str, here: Context, config: ConfigRecord) -> list[str]:
+        arrays = to_arrays(build_model(config, here))
+        message = Message(RecordDict({"arrays": arrays, "config": config}), 2, kind)
+        opened.clear()
+        reply = app(message, here)
+        assert not reply.has_error(), reply.error
+        return sorted(opened)
+
+    # a client of a deployment, with a state directory, so that its label is needed early
+    deployed = context({"data-path": str(part), "state-path": str(tmp_path / "state")}, max_steps=1)
+    assert opens("train", deployed, to_clients) == ["meta.json", "train.bin", "val.bin"]
+    assert opens("evaluate", deployed, to_clients) == []
+    (part / "meta.json").touch()  # changed, as far as anyone can tell
+    assert opens("evaluate", deployed, to_clients) == ["meta.json", "train.bin", "val.bin"]
+
+    simulated = context(max_steps=1)
+    of_copy = ConfigRecord({**to_clients, "corpus": str(copy)})
+    assert opens("train", simulated, of_copy) == ["text.txt"]
+    assert opens("evaluate", simulated, of_copy) == []

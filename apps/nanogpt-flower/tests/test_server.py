@@ -4,25 +4,22 @@ from collections.abc import Callable, Iterable
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
-from flower_adapter import Dropped, StreamingFedAvg
+from flower_adapter.testing import LocalGrid
 from nanogpt_flower.client_app import app as client_app
-from nanogpt_flower.composition import VocabularyMismatch, sample_prompt
-from nanogpt_flower.server_app import ask_vocabulary, left_out, outer_strategy, wait_for_clients
+from nanogpt_flower.composition import VocabularyMismatch, compression, sample_prompt
+from nanogpt_flower.server_app import ask_vocabulary, strategy, wait_for_clients
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, DataError
 
 
 @pytest.fixture(autouse=True)
-def server_identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages can only be made by a process that knows its run, as a ServerApp does."""
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+def server_identity() -> None:
+    LocalGrid(client_app, 0)  # lets this process make messages, as a ServerApp does
 
 
 class Answers:
-    """A grid of two nodes, each of which answers a query with its record or an error."""
+    """A grid whose nodes answer a query with a record or an error."""
 
     def __init__(self, *answers: Callable[[Message], Message]) -> None:
         self.answers = answers
@@ -48,7 +45,7 @@ def test_two_vocabularies_are_refused_with_the_difference() -> None:
     grid = Answers(speaking("left", "abc"), speaking("right", "abd"))
     with pytest.raises(
         VocabularyMismatch,
-        match=r"of right .* not that of left .* first: 'd'; only in the second: 'c'",
+        match=r"of right .* differs from that of left .* first: 'd'; only in the second: 'c'",
     ):
         ask_vocabulary(grid, Settings())
 
@@ -78,20 +75,6 @@ def test_the_first_round_waits_for_as_many_clients_as_asked(
     ]
 
 
-def test_replies_that_were_left_out_are_told_by_client_and_reason() -> None:
-    dropped = [
-        Dropped("train", 1, 7, "other text"),
-        Dropped("evaluate", 1, 7, "other text"),
-        Dropped("train", 2, 7, "other text"),
-        Dropped("train", 2, 8, "w holds NaN"),
-    ]
-    assert left_out(dropped) == [
-        "LEFT OUT of train in round 1, 2: node 7: other text",
-        "LEFT OUT of evaluate in round 1: node 7: other text",
-        "LEFT OUT of train in round 2: node 8: w holds NaN",
-    ]
-
-
 def test_a_prompt_outside_the_vocabulary_is_named_with_its_character() -> None:
     with pytest.raises(SettingsError, match=r"sample-prompt is 'abX': .*'X'"):
         sample_prompt(Settings(sample_prompt="abX"), CharTokenizer("ab"))
@@ -103,17 +86,11 @@ def test_the_default_prompt_fits_every_text() -> None:
 
 
 def test_the_settings_of_the_rounds_reach_the_strategy() -> None:
-    outer = outer_strategy(
-        Settings(
-            outer_learning_rate=0.7,
-            outer_momentum=0.9,
-            fraction_train=0.5,
-            fraction_evaluate=0.25,
-            min_clients=4,
-        )
-    )
-    assert (outer.learning_rate, outer.momentum) == (0.7, 0.9)
-    average = outer.strategy
-    assert isinstance(average, StreamingFedAvg)
+    average = strategy(Settings(fraction_train=0.5, fraction_evaluate=0.25, min_clients=4))
     assert (average.fraction_train, average.fraction_evaluate) == (0.5, 0.25)
     assert average.min_available_nodes == 4
+
+
+def test_an_unknown_codec_is_refused_with_its_setting() -> None:
+    with pytest.raises(SettingsError, match=r"uplink is '3-bit'.*should be one of fp32, bf16"):
+        compression(Settings(uplink="3-bit"))

@@ -1,4 +1,4 @@
-"""Both sides of a comparison in one run: the reference runs before each round of ours."""
+"""Compare our code with a reference in one run, in alternation."""
 
 from collections.abc import Callable
 from statistics import median
@@ -10,7 +10,11 @@ import pytest
 
 @pytest.fixture
 def compare(benchmark: Any) -> Callable[..., None]:
-    """`compare(ours, reference, reference_name=…, amount=…, unit=…)`: interleaved, medians kept."""
+    """Return a function that times `ours` with pytest-benchmark, and `reference` before each round.
+
+    The median of the reference goes into the benchmark's extra info, with `amount` in `unit`: how
+    much one round processes.
+    """
 
     def run(
         ours: Callable[[], object],

@@ -1,15 +1,16 @@
-"""flower-adapter in Flower's Simulation Runtime: what no unit test shows.
+"""flower-adapter in Flower's Simulation Runtime, for everything that a unit test cannot show.
 
-    python benchmarks/federations.py strategies   every built-in strategy through the wrappers
-    python benchmarks/federations.py faults       a client that misbehaves, in every way
-    python benchmarks/federations.py resume       runs killed with SIGKILL, and what they end with
-    python benchmarks/federations.py memory       of averaging, which is no federation
+    python benchmarks/federations.py strategies   runs every strategy of Flower, compressed
+    python benchmarks/federations.py faults       runs with a client that misbehaves, in each way
+    python benchmarks/federations.py resume       kills runs, resumes them and compares the results
+    python benchmarks/federations.py memory       measures the averaging of 10 and of 100 replies
 
-The model is a small CNN with BatchNorm on generated pictures, its clients keep their optimizer's
-momentum from round to round, and all arrays travel in two bits both ways.
+The model is a small CNN with BatchNorm on generated pictures. Clients keep their optimizer's
+momentum from round to round. All arrays travel in two bits both ways. `memory` needs no simulation.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -20,13 +21,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
 from flwr.clientapp.typing import ClientAppCallable
@@ -36,29 +46,32 @@ from flwr.simulation import run_simulation
 from torch import Tensor, nn
 
 from flower_adapter import (
-    Checkpointed,
-    Durable,
-    Guarded,
+    Checkpoints,
+    Compression,
+    DiskState,
+    Guard,
     OuterOptimizer,
-    Seeded,
+    RoundRecord,
     StreamingFedAvg,
-    Wired,
-    average_arrays,
+    compression_mod,
     load_arrays,
-    npy,
+    protocol,
     restore_state,
+    run_rounds,
     save_state,
     to_arrays,
     torch_client_app,
-    wire_mod,
 )
+from flower_adapter.arrays import npy
+from flower_adapter.arrays.deltas import encode
+from flower_adapter.testing import LocalGrid
 
-STATE = "FEDERATIONS_STATE"  # the environment variable with the directory of the clients' states
+STATE = "FEDERATIONS_STATE"  # environment variable with the directory of the clients' states
 CODEC = "2-bit"
 
 
 class CNN(nn.Module):
-    """Two classes of 8 x 8 pictures; wide, so that a checkpoint takes a while to write."""
+    """Two classes of 8 x 8 pictures. It is wide, so that a checkpoint takes a while to write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,12 +84,12 @@ class CNN(nn.Module):
 
 
 def pictures(seed: int) -> tuple[Tensor, Tensor]:
-    """Noise with a row or a column a little brighter: (256, 1, 8, 8) and the class of each."""
+    """Return noise with one row or one column a little brighter, and the class of each picture."""
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(256, 1, 8, 8, generator=generator), torch.arange(256) % 2
     x[y == 0, :, 3, :] += 0.4
     x[y == 1, :, :, 3] += 0.4
-    return x, y
+    return x, y  # (256, 1, 8, 8), (256,)
 
 
 def build_model(config: ConfigRecord, context: Context) -> CNN:
@@ -118,6 +131,10 @@ def initial_arrays() -> ArrayRecord:
     return to_arrays(CNN())
 
 
+def two_bits() -> Compression:
+    return Compression(uplink=CODEC, downlink=CODEC)
+
+
 def simulate(
     main: Callable[[Grid, Context], None],
     client_app: ClientApp,
@@ -137,9 +154,11 @@ def last_loss(result: Result) -> float:
 
 # --- strategies
 
+OUTER = "StreamingFedAvg with OuterOptimizer (ours)"
+
 
 def built_in() -> dict[str, Callable[[], Strategy]]:
-    """Every strategy of Flower, with settings that suit seven clients."""
+    """Return every strategy of Flower, with settings that suit seven clients, and ours."""
     momentum = {"server_learning_rate": 1.0, "server_momentum": 0.5}
     private = {"noise_multiplier": 1e-4, "num_sampled_clients": 7}
     clipped = {**private, "clipping_norm": 10.0}
@@ -173,20 +192,19 @@ def built_in() -> dict[str, Callable[[], Strategy]]:
             strategy.DifferentialPrivacyClientSideAdaptiveClipping(fedavg(), **adaptive)
         ),
         "StreamingFedAvg (ours)": StreamingFedAvg,
-        "OuterOptimizer (ours)": lambda: OuterOptimizer(StreamingFedAvg()),
+        OUTER: StreamingFedAvg,
     }
 
 
-def as_asked(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Flower's clipping mods, for the messages that are for them."""
-    config = next(iter(message.content.config_records.values()), ConfigRecord())
+def clipping(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Apply the clipping mod of Flower that the server's config names, if any."""
     mods = {"fixed": fixedclipping_mod, "adaptive": adaptiveclipping_mod}
-    mod = mods.get(str(config.get("clipping")))
+    mod = mods.get(str(protocol.config_of(message).get("clipping")))
     return call_next(message, context) if mod is None else mod(message, context, call_next)
 
 
 def trees(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Answers a message of a strategy for XGBoost with one more tree."""
+    """Answer a message of a strategy for XGBoost with one more tree."""
     arrays = message.content.array_records["arrays"]
     if list(arrays) != ["0"]:
         return call_next(message, context)
@@ -208,44 +226,55 @@ def one_tree() -> np.ndarray:
     return np.frombuffer(json.dumps(booster).encode(), np.uint8)
 
 
-def strategies() -> None:
-    rows: list[tuple[str, str, str]] = []
+def strategies(names: list[str]) -> None:
+    rows: list[tuple[str, ...]] = []
 
     def main(grid: Grid, context: Context) -> None:
         for name, build in built_in().items():
-            xgboost = name.startswith("FedXgb")
-            with tempfile.TemporaryDirectory() as directory:
-                wired = Wired(build(), uplink=CODEC, downlink=CODEC)
-                guarded = Guarded(wired, like_sent=not xgboost)
-                clipping = "adaptive" if "side adaptive" in name else "fixed"
-                config = ConfigRecord({"clipping": clipping} if "client-side" in name else {})
-                try:
-                    result = Checkpointed(guarded, directory).start(
-                        grid,
-                        ArrayRecord([one_tree()]) if xgboost else initial_arrays(),
-                        num_rounds=2,
-                        train_config=config,
-                        evaluate_fn=None if xgboost else evaluate_on_server,
-                    )
-                    kept = sorted(path.name for path in Path(directory).iterdir())
-                    by_round = result.train_metrics_clientapp.values()
-                    replies = [metrics["num-replies"] for metrics in by_round]
-                    size = len(result.arrays["0"].data) if xgboost else 0
-                    loss = f"{size} bytes of trees" if xgboost else f"{last_loss(result):.4f}"
-                    told = f"replies {replies}, {len(kept)} checkpoints"
-                except Exception as error:  # a row of the table, whatever it is
-                    loss, told = "FAILED", f"{type(error).__name__}: {error}"
-            rows.append((name, loss, told))
-            print("ROW", *rows[-1], sep=" | ", flush=True)
+            if not names or name in names:
+                rows.append((name, *run_strategy(grid, name, build())))
+                print("ROW", *rows[-1], sep=" | ", flush=True)
 
-    app = torch_client_app(build_model, train, evaluate, mods=[fresh, wire_mod, trees, as_asked])
-    simulate(main, app, 7)
+    mods = [start_afresh, compression_mod, trees, clipping]
+    simulate(main, torch_client_app(build_model, train, evaluate, mods=mods), 7)
     show(("strategy", "loss", "two rounds"), rows)
+    require(rows, lambda row: row[1] != "FAILED")
+
+
+def run_strategy(grid: Grid, name: str, chosen: Strategy) -> tuple[str, str]:
+    """Run two rounds, and return the loss and what happened in the rounds."""
+    is_xgboost = name.startswith("FedXgb")
+    config = ConfigRecord()
+    if "client-side" in name:
+        config["clipping"] = "adaptive" if "adaptive" in name else "fixed"
+    records: list[RoundRecord] = []
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            result = run_rounds(
+                grid,
+                chosen,
+                ArrayRecord([one_tree()]) if is_xgboost else initial_arrays(),
+                num_rounds=2,
+                guard=None if is_xgboost else Guard(),
+                compression=two_bits(),
+                outer=OuterOptimizer() if name == OUTER else None,
+                checkpoints=Checkpoints(directory),
+                train_config=config,
+                evaluate_fn=None if is_xgboost else evaluate_on_server,
+                on_round=records.append,
+            )
+        except Exception as error:  # the other strategies run nevertheless
+            return "FAILED", f"{type(error).__name__}: {error}"
+        written = len(list(Path(directory).iterdir()))
+    size = len(result.arrays["0"].data) if is_xgboost else 0
+    loss = f"{size} bytes of trees" if is_xgboost else f"{last_loss(result):.4f}"
+    replies = [len(record.train_clients) for record in records[1:]]
+    return loss, f"replies {replies}, {written} checkpoints"
 
 
 # --- faults
 
-BAD, GOOD = 0, 3  # the partition that misbehaves, and how many others there are
+BAD, GOOD = 0, 3  # the partition that misbehaves, and the number of the others
 
 
 def raises(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -302,68 +331,80 @@ FAULTS: dict[str, Any] = {
 
 
 def misbehave(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Partition 0 does what the server's config says that it does wrong."""
-    config = next(iter(message.content.config_records.values()), ConfigRecord())
-    fault = FAULTS.get(str(config.get("fault")))
+    """Let partition 0 misbehave in the way that the server's config names."""
+    fault = FAULTS.get(str(protocol.config_of(message).get("fault")))
     if fault is None or int(context.node_config["partition-id"]) != BAD:
         return call_next(message, context)
     return fault(message, context, call_next)  # type: ignore[no-any-return]
 
 
-def fresh(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """One simulation runs many federations: each begins without the state of the one before."""
-    config = next(iter(message.content.config_records.values()), ConfigRecord())
-    if message.metadata.message_type == MessageType.TRAIN and config.get("server-round") == 1:
+def start_afresh(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Clear the context in round 1, because one simulation runs many federations."""
+    at = protocol.config_of(message).get(protocol.SERVER_ROUND)
+    if message.metadata.message_type == MessageType.TRAIN and at == 1:
         context.state.clear()
     return call_next(message, context)
 
 
-def only_good(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Of a run without the bad client: all partitions are those of the good ones."""
-    context.node_config["partition-id"] = int(context.node_config["partition-id"]) + 1
+def without_bad(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Number the partitions from 1, so that the clients are the good ones of the other runs."""
+    partition = int(context.node_config["partition-id"])
+    context.node_config["partition-id"] = partition + 1
     try:
         return call_next(message, context)
     finally:
-        context.node_config["partition-id"] = int(context.node_config["partition-id"]) - 1
+        context.node_config["partition-id"] = partition
 
 
-def faults() -> None:
-    rows: list[tuple[str, str, str]] = []
+def faults(names: list[str]) -> None:
+    rows: list[tuple[str, ...]] = []
     alone: list[float] = []
 
-    def federation(grid: Grid, fault: str) -> tuple[Result, Guarded]:
-        guarded = Guarded(Wired(StreamingFedAvg(), uplink=CODEC, downlink=CODEC))
+    def federation(grid: Grid, fault: str) -> tuple[float, list[RoundRecord]]:
+        records: list[RoundRecord] = []
         with tempfile.TemporaryDirectory() as directory:
-            result = Checkpointed(Seeded(guarded, seed=1), directory).start(
+            result = run_rounds(
                 grid,
+                StreamingFedAvg(),
                 initial_arrays(),
                 num_rounds=3,
                 timeout=15 if "hangs" in fault else 120,
+                seed=1,
+                compression=two_bits(),
+                checkpoints=Checkpoints(directory),
                 train_config=ConfigRecord({"fault": fault}),
                 evaluate_fn=evaluate_on_server,
+                on_round=records.append,
             )
-        return result, guarded
+        return last_loss(result), records
 
-    def without(grid: Grid, context: Context) -> None:
-        alone.append(last_loss(federation(grid, "")[0]))
+    def main_without(grid: Grid, context: Context) -> None:
+        alone.append(federation(grid, "")[0])
 
     def main(grid: Grid, context: Context) -> None:
-        for fault in ("none", *FAULTS):
-            result, guarded = federation(grid, fault)
-            dropped = [d for d in guarded.dropped if d.phase == "train"]
-            reason = dropped[0].reason.strip().splitlines()[-1][:120] if dropped else "-"
-            loss = f"{last_loss(result):.4f} ({alone[0]:.4f} without the bad client)"
-            nodes = {d.node for d in dropped}
-            told = f"{len(nodes)} node left out {len(dropped)} of 3 times: {reason}"
-            rows.append((fault, loss, told))
+        _, records = federation(grid, "none")
+        label = f"partition {BAD:04d}"
+        [bad] = [client.node for client in records[1].train_clients if client.label == label]
+        for fault in names or FAULTS:
+            loss, records = federation(grid, fault)
+            left_out = [c for record in records for c in record.left_out if c.phase == "train"]
+            is_named = [client.node for client in left_out] == [bad] * 3
+            reason = left_out[0].reason.strip().splitlines()[-1][:120] if left_out else "-"
+            verdict = "left out 3 of 3 times" if is_named else f"WRONG: left out {left_out}"
+            rows.append((fault, f"{loss:.4f}", f"{alone[0]:.4f}", verdict, reason))
             print("ROW", *rows[-1], sep=" | ", flush=True)
 
-    app = torch_client_app(build_model, train, evaluate, mods=[fresh, only_good, wire_mod])
-    simulate(without, app, GOOD)
-    # The wire is outside: what is wrong is what the client's own code returns.
-    app = torch_client_app(build_model, train, evaluate, mods=[fresh, wire_mod, misbehave])
-    simulate(main, app, GOOD + 1, cpus=0.25)  # so that who hangs keeps nobody waiting
-    show(("fault", "loss after 3 rounds", "what became of it"), rows)
+    app = torch_client_app(
+        build_model, train, evaluate, mods=[start_afresh, without_bad, compression_mod]
+    )
+    simulate(main_without, app, GOOD)
+    # `misbehave` comes after compression, so it changes what the client's own code returns.
+    app = torch_client_app(
+        build_model, train, evaluate, mods=[start_afresh, compression_mod, misbehave]
+    )
+    simulate(main, app, GOOD + 1, cpus=0.25)  # all clients at once, so that nobody waits
+    show(("fault", "loss", "without the client", "bad client", "reason"), rows)
+    require(rows, lambda row: row[3].startswith("left out"))
 
 
 # --- resume
@@ -376,25 +417,31 @@ def state_directory(context: Context) -> str:
 
 
 def run_to_the_end(directory: Path) -> None:
-    """A run, or what is left of one, in `directory`; its metrics go into result.json."""
+    """Start or resume a run in `directory`, and write its metrics to result.json."""
     os.environ[STATE] = str(directory / "clients")
 
     def main(grid: Grid, context: Context) -> None:
-        inner = OuterOptimizer(strategy.FedAdam(eta=0.01, fraction_train=0.7, min_train_nodes=2))
-        wired = Wired(inner, uplink=CODEC, downlink=CODEC)
-        kept = directory / "checkpoints"
-        kept.mkdir(parents=True, exist_ok=True)
-        result = Checkpointed(
-            Seeded(Guarded(wired), seed=7), kept, best="val-loss", resume_from=kept
-        ).start(grid, initial_arrays(), num_rounds=ROUNDS, evaluate_fn=evaluate_on_server)
-        metrics = {
+        result = run_rounds(
+            grid,
+            strategy.FedAdam(eta=0.01, fraction_train=0.7, min_train_nodes=2),
+            initial_arrays(),
+            num_rounds=ROUNDS,
+            seed=7,
+            compression=two_bits(),
+            outer=OuterOptimizer(),
+            checkpoints=Checkpoints(directory / "checkpoints", best="val-loss", resume=True),
+            evaluate_fn=evaluate_on_server,
+        )
+        arrays = b"".join(array.data for array in result.arrays.values())
+        outcome: dict[str, Any] = {
             name: {str(r): dict(record) for r, record in by_round.items()}
             for name, by_round in vars(result).items()
             if name != "arrays"
         }
-        (directory / "result.json").write_text(json.dumps(metrics, sort_keys=True))
+        outcome["arrays"] = hashlib.sha256(arrays).hexdigest()
+        (directory / "result.json").write_text(json.dumps(outcome, sort_keys=True))
 
-    mods = [Durable(state_directory), wire_mod]
+    mods = [DiskState(state_directory), compression_mod]
     simulate(main, torch_client_app(build_model, train, evaluate, mods=mods), 4)
 
 
@@ -410,59 +457,81 @@ def start(directory: Path) -> subprocess.Popen[bytes]:
 
 
 def resume(times: int) -> None:
-    rows = []
-    chance = random.Random(time.time_ns())
-    with tempfile.TemporaryDirectory() as room:
-        whole = Path(room) / "whole"
-        began = time.monotonic()
-        assert start(whole).wait() == 0, (whole / "log").read_text()[-3000:]
-        took = time.monotonic() - began
+    rows: list[tuple[str, ...]] = []
+    generator = random.Random(time.time_ns())
+    with tempfile.TemporaryDirectory() as parent:
+        whole = Path(parent) / "whole"
+        began, process = time.monotonic(), start(whole)
+        wait_for(whole, 0, process)
+        first = time.monotonic() - began
+        wait_for(whole, ROUNDS, process)
+        round_seconds = (time.monotonic() - began - first) / ROUNDS
+        assert process.wait() == 0, (whole / "log").read_text()[-3000:]
         expected = (whole / "result.json").read_text()
-        first = first_checkpoint_at(whole, began)
-        print(f"uninterrupted: {took:.1f} s, first checkpoint after {first:.1f} s", flush=True)
-        for attempt in range(times):
-            directory = Path(room) / f"attempt-{attempt}"
-            when = kill_once(directory, chance, attempt, first, took)
+        print(
+            f"first checkpoint after {first:.1f} s, then {round_seconds:.2f} s a round", flush=True
+        )
+        for number in range(1, times + 1):
+            directory = Path(parent) / f"attempt-{number}"
+            when = kill_once(directory, generator, number, first, round_seconds)
             kept = newest(directory)
-            process = start(directory)
-            status = process.wait()
+            status = start(directory).wait()
             found = directory / "result.json"
             same = status == 0 and found.exists() and found.read_text() == expected
-            rows.append((str(attempt + 1), when, kept, "equal" if same else f"DIFFERS ({status})"))
+            rows.append((str(number), when, kept, "equal" if same else f"DIFFERS ({status})"))
             print("ROW", *rows[-1], sep=" | ", flush=True)
             if not same:
                 print((directory / "log").read_text()[-3000:], flush=True)
-    show(("kill", "when", "newest checkpoint", "metrics and the uninterrupted run's"), rows)
+    header = ("kill", "when", "newest checkpoint", "metrics and arrays, to the uninterrupted run's")
+    show(header, rows)
+    require(rows, lambda row: row[1] != ENDED and row[3] == "equal")
 
 
-def first_checkpoint_at(directory: Path, began: float) -> float:
-    """Seconds from the start to the first checkpoint, by the log's age."""
-    oldest = min((directory / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime)
-    return max(1.0, oldest.stat().st_mtime - (time.time() - (time.monotonic() - began)))
+ENDED = "the run had ended before"
 
 
 def kill_once(
-    directory: Path, chance: random.Random, attempt: int, first: float, took: float
+    directory: Path,
+    generator: random.Random,
+    number: int,
+    first: float,
+    round_seconds: float,
 ) -> str:
-    """Kill a run at a random moment, or (every third) while it writes a checkpoint."""
-    began, process = time.monotonic(), start(directory)
-    if attempt % 3 == 2:
-        nth = chance.randint(1, ROUNDS - 1)
-        seen = -1
-        while process.poll() is None and seen < nth:
-            partial = list((directory / "checkpoints").glob(".round-*.partial"))
-            seen = max([seen, *(int(path.name[7:13]) for path in partial)])
-        when = f"while writing the checkpoint of round {seen}"
+    """Start a run, kill it at a random moment, and return the moment.
+
+    Every third run is killed while it writes a checkpoint, the others before the first checkpoint
+    or during a round.
+    """
+    process = start(directory)
+    if number % 3 == 0:
+        server_round = generator.randint(1, ROUNDS - 1)
+        pattern = f".round-{server_round:06d}.partial"
+        while process.poll() is None and not list((directory / "checkpoints").glob(pattern)):
+            pass
+        when = f"while it wrote the checkpoint of round {server_round}"
     else:
-        moment = chance.uniform(first * 0.8, took)
-        while process.poll() is None and time.monotonic() - began < moment:
-            time.sleep(0.005)
-        when = f"after {time.monotonic() - began:.1f} s"
+        server_round = generator.randint(0, ROUNDS)
+        seconds = generator.uniform(0, round_seconds)
+        if server_round == 0:
+            seconds = generator.uniform(0.2, 0.9) * first
+            time.sleep(seconds)
+            when = f"{seconds:.1f} s after the start"
+        else:
+            wait_for(directory, server_round - 1, process)
+            time.sleep(seconds)
+            when = f"{seconds:.2f} s into round {server_round}"
     if process.poll() is not None:
-        return f"{when}: it had ended"
+        return ENDED
     process.send_signal(signal.SIGKILL)
     process.wait()
     return when
+
+
+def wait_for(directory: Path, server_round: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait for the checkpoint of a round, or for the end of the process."""
+    path = directory / "checkpoints" / f"round-{server_round:06d}"
+    while process.poll() is None and not path.exists():
+        time.sleep(0.005)
 
 
 def newest(directory: Path) -> str:
@@ -475,38 +544,135 @@ def newest(directory: Path) -> str:
 
 # --- memory
 
+LAYERS, WIDTH = 6, 384
+SHAPES = {
+    "embedding": (65, WIDTH),
+    **{f"{layer}.attention": (3 * WIDTH, WIDTH) for layer in range(LAYERS)},
+    **{f"{layer}.projection": (WIDTH, WIDTH) for layer in range(LAYERS)},
+    **{f"{layer}.up": (4 * WIDTH, WIDTH) for layer in range(LAYERS)},
+    **{f"{layer}.down": (WIDTH, 4 * WIDTH) for layer in range(LAYERS)},
+    **{f"{layer}.norm": (2 * WIDTH,) for layer in range(LAYERS)},
+}  # 10.65 million parameters, as the smallest GPT of nanoGPT has
+REPLY_MEMORY = 2**28  # 256 MiB
 
-def averaging_memory(kind: str, count: int) -> None:
-    """Average `count` replies that come one by one, and print the process's peak."""
-    from flwr.app import RecordDict
-    from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
+def model_and_reply(codec: str) -> tuple[ArrayRecord, ArrayRecord]:
+    """Return the global arrays and a client's reply to them, array by array to save memory."""
     rng = np.random.default_rng(0)
+    model, reply = ArrayRecord(), ArrayRecord()
+    for name, shape in SHAPES.items():
+        values = rng.standard_normal(shape, np.float32)
+        trained = npy.to_array(values + 0.01 * rng.standard_normal(shape, np.float32))
+        model[name] = npy.to_array(values)
+        one = encode(ArrayRecord({name: trained}), ArrayRecord({name: model[name]}), codec)
+        reply[name] = one.arrays[name] if codec != "fp32" else trained
+    return model, reply
 
-    def replies() -> Iterator[RecordDict]:
-        for _ in range(count):
-            values = rng.standard_normal(10_650_000, np.float32)
-            arrays = ArrayRecord({"w": npy.to_array(values)})
-            yield RecordDict({"a": arrays, "m": MetricRecord({"num-examples": 1})})
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if kind == "ours":
-        average_arrays((reply["a"], 1.0) for reply in replies())
+class MakingGrid(LocalGrid):
+    """A grid that makes each reply when it is pulled, so that none waits in memory."""
+
+    def __init__(self, reply: ArrayRecord, num_nodes: int) -> None:
+        super().__init__(ClientApp(), num_nodes)
+        self._reply = reply
+        self._waiting: dict[str, Message] = {}
+        self.seconds = 0.0  # for making the replies
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        self._waiting = {str(number): message for number, message in enumerate(messages)}
+        return list(self._waiting)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self.reply(self._waiting.pop(message_id)) for message_id in message_ids]
+
+    def reply(self, message: Message) -> Message:
+        started = time.perf_counter()
+        arrays = ArrayRecord({name: copy_of(array) for name, array in self._reply.items()})
+        content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})})
+        if protocol.COMPRESSION in message.content:
+            content[protocol.COMPRESSION] = message.content[protocol.COMPRESSION]
+        self.seconds += time.perf_counter() - started
+        return Message(content, reply_to=message)
+
+
+def copy_of(array: Array) -> Array:
+    data = bytes(memoryview(array.data))  # `bytes` of bytes would not copy
+    return Array(array.dtype, array.shape, array.stype, data)
+
+
+def average(averaging: str, codec: str, count: int) -> None:
+    """Average `count` replies with ours or with Flower's FedAvg, and print memory and seconds."""
+    model, reply = model_and_reply(codec)
+    grid = MakingGrid(reply, count)
+    before = peak_memory()
+    started = time.perf_counter()
+    if averaging == "ours":
+        run_rounds(
+            grid,
+            StreamingFedAvg(fraction_evaluate=0.0),
+            model,
+            num_rounds=1,
+            compression=Compression(uplink=codec, downlink="fp32"),
+            reply_memory=REPLY_MEMORY,
+        )
     else:
-        aggregate_arrayrecords(list(replies()), "num-examples")
+        messages = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
+        replies = [grid.reply(message) for message in messages]
+        strategy.FedAvg().aggregate_train(1, replies)
+    seconds = time.perf_counter() - started
+    found = {
+        "mebibytes": (peak_memory() - before) / 2**20,
+        "seconds": seconds,
+        "beyond": seconds - grid.seconds,
+    }
+    print(json.dumps(found))
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has used so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{(peak - before) / 1024:.0f}")
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def memory() -> None:
-    rows = []
-    for count in (10, 100):
-        cells = [str(count)]
-        for kind in ("ours", "flower"):
-            command = [sys.executable, __file__, "average", kind, str(count)]
-            cells.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        rows.append(tuple(cell.strip() for cell in cells))
-    show(("replies of 42.6 MB", "average_arrays, MiB more", "Flower's, MiB more"), rows)
+def measure(averaging: str, codec: str, count: int) -> dict[str, float]:
+    """Run `average` in a process of its own."""
+    command = [sys.executable, __file__, "average", averaging, codec, str(count)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return dict(json.loads(output.splitlines()[-1]))
+
+
+def memory(counts: list[int]) -> None:
+    rows: list[tuple[str, ...]] = []
+    for count in counts:
+        flower = measure("flower", "fp32", count)
+        for averaging, codec in (("flower", "fp32"), ("ours", "fp32"), ("ours", CODEC)):
+            found = flower if averaging == "flower" else measure(averaging, codec, count)
+            row = (
+                str(count),
+                averaging,
+                codec,
+                f"{found['mebibytes']:.0f}",
+                f"{found['seconds']:.2f}",
+                f"{found['beyond']:.2f}",
+                f"{flower['beyond']:.2f}",
+                f"{found['beyond'] / flower['beyond']:.2f}",
+            )
+            rows.append(row)
+            print("ROW", *row, sep=" | ", flush=True)
+    header = (
+        "replies",
+        "averaged by",
+        "codec",
+        "peak MiB over the start",
+        "seconds",
+        "beyond making the replies",
+        "Flower's",
+        "ratio",
+    )
+    show(header, rows)
+
+
+# --- the command line
 
 
 def show(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
@@ -517,29 +683,41 @@ def show(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     sys.stdout.flush()
 
 
+def require(rows: list[tuple[str, ...]], is_good: Callable[[tuple[str, ...]], bool]) -> None:
+    """Exit with status 1 if a row is not good, or if there are none."""
+    bad = [row[0] for row in rows if not is_good(row)]
+    if bad or not rows:
+        sys.exit(f"not as it should be: {bad or 'no row'}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("strategies")
-    commands.add_parser("faults")
+    commands.add_parser("strategies").add_argument("--only", nargs="*", default=[], metavar="NAME")
+    commands.add_parser("faults").add_argument("--only", nargs="*", default=[], choices=FAULTS)
     commands.add_parser("resume").add_argument("--times", type=int, default=10)
-    commands.add_parser("memory")
-    average = commands.add_parser("average")
-    average.add_argument("kind", choices=["ours", "flower"])
-    average.add_argument("count", type=int)
+    commands.add_parser("memory").add_argument("--counts", nargs="*", type=int, default=[10, 100])
+    # The two below are started by `resume` and by `memory`.
     commands.add_parser("run").add_argument("directory", type=Path)
+    one = commands.add_parser("average")
+    one.add_argument("averaging", choices=["ours", "flower"])
+    one.add_argument("codec")
+    one.add_argument("count", type=int)
     options = parser.parse_args()
     if options.command == "run":
         run_to_the_end(options.directory)
         return
-    if options.command == "average":
-        averaging_memory(options.kind, options.count)
-        return
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    if options.command == "resume":
+    if options.command == "average":
+        average(options.averaging, options.codec, options.count)
+    elif options.command == "strategies":
+        strategies(options.only)
+    elif options.command == "faults":
+        faults(options.only)
+    elif options.command == "resume":
         resume(options.times)
     else:
-        {"strategies": strategies, "faults": faults, "memory": memory}[options.command]()
+        memory(options.counts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The arrays of two GPTs, to Flower and back, against Flower's own way."""
+"""Convert two GPTs to Flower arrays and back, compared with Flower's own functions."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Compare = Callable[..., None]
 
 
 class GPTShaped(nn.Module):
-    """The matrices of a GPT and its tied embedding."""
+    """A module with the weight matrices of a GPT and its tied embedding."""
 
     def __init__(self, layers: int, width: int, vocab_size: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def test_optimizer_state_there_and_back(compare: Compare) -> None:
     compare(
         ours,
         reference,
-        reference_name="an ArrayRecord for each parameter, tensors alone",
+        reference_name="one ArrayRecord for each parameter, tensors only",
         amount=2 * num_parameters(module),
         unit="values",
         rounds=9,

@@ -1,4 +1,4 @@
-"""The weighted mean of replies of 10.6 million parameters, against Flower's own."""
+"""Average replies of 10.6 million parameters, compared with Flower's own function."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,8 @@ import pytest
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from flower_adapter import average_arrays, npy
+from flower_adapter.arrays import npy
+from flower_adapter.arrays.average import average_arrays
 
 SHAPES = [(1152, 384), (384, 384), (1536, 384), (384, 1536)] * 6 + [(65, 384)]
 DISTINCT = 10  # replies; a hundred of them would take 4 GB

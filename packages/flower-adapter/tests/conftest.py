@@ -2,20 +2,20 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.clientapp import ClientApp
+
+from flower_adapter.testing import LocalGrid
 
 
-@pytest.fixture(autouse=True)
-def server_identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages can only be made by a process that knows its run, as a ServerApp does."""
-    monkeypatch.setattr(TaskIdentity, "_run_id", 1)
-    monkeypatch.setattr(TaskIdentity, "_node_id", 1)
-    monkeypatch.setattr(TaskIdentity, "_task_id", 1)
+@pytest.fixture(autouse=True, scope="session")
+def server_identity() -> None:
+    """Let every test make messages. The first LocalGrid gives the process its identity."""
+    LocalGrid(ClientApp(), num_nodes=0)
 
 
 @pytest.fixture
 def flower_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What Flower's logger gets; it need not propagate to the root, where caplog listens."""
+    """Capture Flower's logger, which need not propagate to the root, where caplog listens."""
     logger = logging.getLogger("flwr")
     caplog.clear()
     propagate, logger.propagate = logger.propagate, False

@@ -31,7 +31,7 @@ def context(**node_config: Any) -> Context:
     return Context(1, 9, dict(node_config), RecordDict(), {})
 
 
-def test_train_sends_back_the_trained_arrays_and_what_train_returned() -> None:
+def test_a_train_reply_holds_the_trained_arrays_and_the_returned_metrics() -> None:
     sent, received = nn.Linear(2, 1), nn.Linear(2, 1)
     reply = torch_client_app(build, add_one)(message(model=sent), context())
     load_arrays(received, reply.content.array_records["arrays"])
@@ -43,14 +43,14 @@ def test_train_sends_back_the_trained_arrays_and_what_train_returned() -> None:
     }
 
 
-def test_evaluate_sends_back_metrics_alone() -> None:
+def test_an_evaluate_reply_holds_metrics_only() -> None:
     app = torch_client_app(build, add_one, add_one)
     reply = app(message(MessageType.EVALUATE), context())
     assert reply.content.metric_records["metrics"]["num-examples"] == 7
     assert not reply.content.array_records
 
 
-def test_arrays_are_found_and_returned_under_any_key() -> None:
+def test_arrays_are_returned_under_the_key_of_the_message() -> None:
     records = RecordDict({"weights": to_arrays(nn.Linear(2, 1)), "c": ConfigRecord({"lr": 1.0})})
     reply = torch_client_app(build, add_one)(Message(records, 9, "train"), context())
     assert list(reply.content.array_records) == ["weights"]
@@ -63,7 +63,7 @@ def test_every_reply_carries_the_label(kind: str) -> None:
     assert reply.content.config_records["client"]["label"] == "partition 0007"
 
 
-def test_without_a_partition_the_label_is_the_node_id() -> None:
+def test_a_client_without_a_partition_is_labelled_by_its_node_id() -> None:
     reply = torch_client_app(build, add_one)(message("query.label"), context())
     assert reply.content.config_records["client"]["label"] == "node 9"
 
@@ -74,7 +74,7 @@ def test_the_label_can_be_chosen() -> None:
     assert reply.content.config_records["client"]["label"] == "part_3"
 
 
-def test_building_and_training_see_config_and_context() -> None:
+def test_build_model_and_train_get_config_and_context() -> None:
     seen: list[object] = []
 
     def build_seeing(config: ConfigRecord, context: Context) -> nn.Module:
@@ -107,7 +107,7 @@ def refusing(error: BaseException) -> ClientApp:
         (FileNotFoundError(2, "missing", "train.bin"), "[Errno 2] missing: 'train.bin'"),
     ],
 )
-def test_a_refusal_reaches_the_server_word_for_word_and_the_log_with_its_traceback(
+def test_a_refusal_is_sent_word_for_word_and_logged_with_its_traceback(
     error: Exception, reason: str, flower_log: pytest.LogCaptureFixture
 ) -> None:
     reply = refusing(error)(message(), context())
@@ -160,13 +160,13 @@ def test_num_examples_must_be_above_zero(metrics: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.tensor(1.0), "1", True, None, [1.0]])
-def test_a_metric_that_is_no_number_is_named(value: object) -> None:
+def test_a_metric_that_is_not_a_number_is_named(value: object) -> None:
     app = torch_client_app(build, returning({"num-examples": 1, "loss": value}))
     with pytest.raises(TypeError, match="my_train returned loss ="):
         app(message(), context())
 
 
-def test_a_query_is_answered_by_its_function_and_refused_by_its_error() -> None:
+def test_a_query_is_answered_by_its_function_or_refused_with_its_error() -> None:
     def vocabulary(context: Context) -> ConfigRecord:
         if "path" not in context.node_config:
             raise ValueError("there is no path")

@@ -1,4 +1,4 @@
-"""What a selection lets travel, and what it leaves alone, in a module and in a ClientApp."""
+"""Selections of the arrays that travel, in a module and in a ClientApp."""
 
 from typing import Any
 
@@ -8,8 +8,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, R
 from torch import Tensor, nn
 from zoo import Holder, LowRank, TiedLanguageModel, build, compiled
 
-from flower_adapter import ArrayMismatch, load_arrays, npy, to_arrays, torch_client_app
-from flower_adapter.selection import (
+from flower_adapter import ArrayMismatch, load_arrays, to_arrays, torch_client_app
+from flower_adapter.arrays import npy
+from flower_adapter.arrays.selection import (
     Entry,
     Selection,
     adapters,
@@ -69,7 +70,9 @@ def is_square(entry: Entry) -> bool:
         (LowRank(), trainable, {"lora_A", "lora_B"}),
     ],
 )  # fmt: skip
-def test_what_is_selected_travels(module: nn.Module, select: Selection, names: set[str]) -> None:
+def test_exactly_the_selected_arrays_travel(
+    module: nn.Module, select: Selection, names: set[str]
+) -> None:
     assert set(to_arrays(module, select=select)) == names
 
 
@@ -86,20 +89,20 @@ def test_what_is_selected_travels(module: nn.Module, select: Selection, names: s
     ],
     ids=lambda norm: type(norm).__name__,
 )
-def test_every_normalization_layer_of_torch_stays(norm: nn.Module) -> None:
+def test_every_normalization_layer_of_torch_can_be_left_out(norm: nn.Module) -> None:
     module = nn.Sequential(nn.Linear(4, 4), norm)
     assert len(to_arrays(module)) > 2
     assert set(to_arrays(module, select=without_normalization)) == {"0.weight", "0.bias"}
 
 
-def test_a_parametrized_normalization_layer_stays() -> None:
+def test_a_parametrized_normalization_layer_can_be_left_out() -> None:
     norm = nn.utils.parametrizations.weight_norm(nn.LayerNorm((3, 4)))
     module = nn.Sequential(nn.Linear(4, 4), norm)
     assert set(to_arrays(module, select=without_normalization)) == {"0.weight", "0.bias"}
 
 
 @pytest.mark.parametrize("select", [matching("3.*"), without_normalization, trainable])
-def test_what_is_not_selected_stays_untouched(select: Selection) -> None:
+def test_arrays_that_are_not_selected_are_unchanged(select: Selection) -> None:
     source, target = convolutional(), convolutional()
     with torch.no_grad():
         for tensor in source.state_dict().values():
@@ -114,7 +117,7 @@ def test_what_is_not_selected_stays_untouched(select: Selection) -> None:
         assert torch.equal(tensor, expected), name
 
 
-def test_names_that_are_missing_unknown_or_not_selected_are_named_and_nothing_is_loaded() -> None:
+def test_missing_unknown_and_unselected_names_are_listed_and_nothing_is_loaded() -> None:
     target = convolutional()
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     record = to_arrays(convolutional(), select=matching("3.*", "1.bias"))
@@ -154,23 +157,23 @@ def test_selecting_nothing_is_refused(module: nn.Module, select: Selection) -> N
         load_arrays(module, ArrayRecord(), select=select)
 
 
-def test_of_a_module_without_anything_nothing_can_be_selected() -> None:
+def test_a_module_without_arrays_accepts_any_selection() -> None:
     assert not to_arrays(nn.ReLU(), select=trainable)
     load_arrays(nn.ReLU(), ArrayRecord(), select=trainable)
 
 
-def test_a_tied_weight_is_asked_for_once_under_its_first_name() -> None:
-    asked: list[str] = []
+def test_a_tied_weight_is_one_entry_under_its_first_name() -> None:
+    seen: list[str] = []
 
     def select(entry: Entry) -> bool:
-        asked.append(entry.name)
+        seen.append(entry.name)
         return True
 
     to_arrays(TiedLanguageModel(), select=select)
-    assert asked == ["embedding.weight", "body.weight", "body.bias"]
+    assert seen == ["embedding.weight", "body.weight", "body.bias"]
 
 
-def test_a_selected_tied_weight_moves_under_all_its_names() -> None:
+def test_a_selected_tied_weight_changes_under_all_its_names() -> None:
     source, target = TiedLanguageModel(), TiedLanguageModel()
     body = target.body.weight.clone()
     select = matching("embedding.*")
@@ -179,38 +182,38 @@ def test_a_selected_tied_weight_moves_under_all_its_names() -> None:
     assert torch.equal(target.body.weight, body)
 
 
-def test_patterns_are_of_the_names_without_compilation() -> None:
+def test_patterns_match_the_names_of_the_bare_module() -> None:
     module = compiled(nn.Sequential(compiled(convolutional()[0]), convolutional()[1]))
     assert set(to_arrays(module, select=matching("0.*"))) == CONV
     assert set(to_arrays(module, select=without_normalization)) == CONV
     assert set(to_arrays(module, select=trainable)) == CONV | {"1.weight", "1.bias"}
 
 
-def test_a_compiled_module_takes_the_selection_of_a_bare_one() -> None:
+def test_a_compiled_module_loads_the_selected_arrays_of_a_bare_one() -> None:
     bare, fast = nn.Linear(3, 2), compiled(nn.Linear(3, 2))
     load_arrays(fast, to_arrays(bare, select=matching("bias")), select=matching("bias"))
     assert torch.equal(fast.bias, bare.bias)
     assert not torch.equal(fast.weight, bare.weight)
 
 
-def test_what_only_the_child_called_module_sends_comes_back() -> None:
+def test_the_arrays_of_a_child_called_module_alone_can_be_loaded() -> None:
     source, target = (build("one child called module", seed) for seed in (1, 2))
     select = matching("module.*")
     load_arrays(target, to_arrays(source, select=select), select=select)
     assert torch.equal(target.module.weight, source.module.weight)
 
 
-def test_of_a_state_dict_names_and_tensors_can_be_selected() -> None:
+def test_a_state_dict_can_be_selected_by_name() -> None:
     state = convolutional().state_dict()
     assert set(to_arrays(state, select=matching("3.*"))) == HEAD
     assert set(to_arrays(state, select=lambda entry: entry.owner is None)) == set(state)
 
 
-def test_of_a_state_dict_nothing_is_trainable_and_no_layer_is_known() -> None:
+def test_a_selection_that_needs_a_module_refuses_a_state_dict() -> None:
     state = convolutional().state_dict()
-    with pytest.raises(TypeError, match=r"0\.weight is of a state dict: what is trainable"):
+    with pytest.raises(TypeError, match=r"0\.weight comes from a state dict: trainable needs"):
         to_arrays(state, select=trainable)
-    with pytest.raises(TypeError, match=r"0\.weight is of a state dict"):
+    with pytest.raises(TypeError, match=r"0\.weight comes from a state dict: without_norm"):
         to_arrays(state, select=without_normalization)
 
 
@@ -234,23 +237,24 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 class FedBN:
-    """A client whose training moves all that it has by the client's own amount."""
+    """A client that keeps its batch norm. Its training adds `amount` to every array."""
 
     def __init__(self, amount: int) -> None:
         self.amount = amount
         self.found: list[dict[str, Tensor]] = []
         self.context = context(amount)
-        self.app = torch_client_app(self.build, self.train, self.look, select=without_normalization)
+        select = without_normalization
+        self.app = torch_client_app(self.build, self.train, self.evaluate, select=select)
 
     def build(self, config: ConfigRecord, context: Context) -> nn.Module:
         return convolutional()
 
-    def look(self, model: nn.Module, config: ConfigRecord, context: Context) -> dict[str, int]:
+    def evaluate(self, model: nn.Module, config: ConfigRecord, context: Context) -> dict[str, int]:
         self.found.append(snapshot(model))
         return {"num-examples": 1}
 
     def train(self, model: nn.Module, config: ConfigRecord, context: Context) -> dict[str, int]:
-        self.look(model, config, context)
+        self.evaluate(model, config, context)
         with torch.no_grad():
             for tensor in model.state_dict().values():
                 tensor.add_(self.amount)
@@ -280,7 +284,7 @@ def test_each_client_keeps_its_own_batch_norm_from_round_to_round() -> None:
             assert torch.equal(found["0.weight"], server[0].weight)
 
 
-def test_evaluation_sees_the_client_s_own_batch_norm_and_does_not_change_it() -> None:
+def test_evaluation_uses_the_client_s_own_batch_norm_and_does_not_change_it() -> None:
     server, client = convolutional(), FedBN(3)
     client.answer(server)
     for _ in range(2):
@@ -288,7 +292,7 @@ def test_evaluation_sees_the_client_s_own_batch_norm_and_does_not_change_it() ->
         assert client.found[-1]["1.running_mean"].tolist() == [3, 3, 3]
 
 
-def test_a_client_without_a_past_has_the_batch_norm_of_a_new_model() -> None:
+def test_a_client_that_has_not_trained_has_the_batch_norm_of_a_new_model() -> None:
     client = FedBN(3)
     client.answer(convolutional(), MessageType.EVALUATE)
     assert client.found[-1]["1.running_mean"].tolist() == [0, 0, 0]
@@ -310,40 +314,40 @@ def low_rank_client(select: Selection, base: nn.Module) -> Any:
     return torch_client_app(build, train, select=select)
 
 
-def test_of_a_frozen_base_nothing_is_sent_or_kept() -> None:
-    server, held = LowRank(256, 256), context()
+def test_a_frozen_base_is_neither_sent_nor_saved() -> None:
+    server, own_context = LowRank(256, 256), context()
     app = low_rank_client(adapters, server.base)
     for _ in range(2):
-        reply = app(message(server, adapters), held)
+        reply = app(message(server, adapters), own_context)
         arrays = reply.content.array_records["arrays"]
         assert set(arrays) == {"lora_A", "lora_B"}
         assert sum(len(array.data) for array in arrays.values()) < 2 * 2 * 256 * 4 + 512
-        assert context_bytes(held) == 0
+        assert context_bytes(own_context) == 0
         expected = float(server.base.weight.double().sum())
         assert reply.content.metric_records["metrics"]["base"] == expected
 
 
-def test_a_trained_half_that_is_not_shared_is_kept_without_the_frozen_base() -> None:
-    server, held = LowRank(256, 256), context()
+def test_a_trained_array_that_is_not_shared_is_saved_without_the_frozen_base() -> None:
+    server, own_context = LowRank(256, 256), context()
     select = matching("lora_A")
     app = low_rank_client(select, server.base)
-    app(message(server, select), held)
-    assert 256 * 2 * 4 < context_bytes(held) < 256 * 2 * 4 + 2000  # lora_B, of 256 x 2
-    app(message(server, select), held)
-    assert context_bytes(held) < 256 * 2 * 4 + 2000
+    app(message(server, select), own_context)
+    assert 256 * 2 * 4 < context_bytes(own_context) < 256 * 2 * 4 + 2000  # lora_B, of 256 x 2
+    app(message(server, select), own_context)
+    assert context_bytes(own_context) < 256 * 2 * 4 + 2000
 
 
-def test_a_server_that_sends_more_than_is_selected_is_answered_with_the_names() -> None:
-    server, held = LowRank(256, 256), context()
+def test_a_server_that_sends_unselected_arrays_gets_their_names() -> None:
+    server, own_context = LowRank(256, 256), context()
     app = low_rank_client(adapters, server.base)
-    reply = app(message(server, matching("lora_*", "base.bias")), held)
+    reply = app(message(server, matching("lora_*", "base.bias")), own_context)
     assert reply.error.reason == (
         "ArrayMismatch: arrays do not fit LowRank:\n  base.bias is float32 (256,), is not selected"
     )
-    assert context_bytes(held) == 0
+    assert context_bytes(own_context) == 0
 
 
-def test_a_refused_round_leaves_the_client_s_own_layers_as_they_were() -> None:
+def test_a_refused_round_does_not_change_the_client_s_own_layers() -> None:
     server, client = convolutional(), FedBN(4)
     client.answer(server)
     records = RecordDict({"arrays": ArrayRecord({"0.weight": npy.to_array(torch.ones(1).numpy())})})
@@ -352,6 +356,6 @@ def test_a_refused_round_leaves_the_client_s_own_layers_as_they_were() -> None:
     assert client.found[-1]["1.running_mean"].tolist() == [4, 4, 4]
 
 
-def test_a_pattern_that_was_forgotten_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"for 0\.weight, should be True or False; matching"):
+def test_matching_without_patterns_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"for 0\.weight, should return True or False; match"):
         to_arrays(convolutional(), select=matching)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Modules of many kinds, with random weights: each name builds a new one of the same kind."""
+"""Modules of many kinds by name. Each call of `build` makes a new one with random weights."""
 
 import copy
 import warnings
@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 
 class Holder(nn.Module):
-    """The given parameters, buffers and modules under the given names."""
+    """A module that holds the given parameters, buffers and modules under the given names."""
 
     def __init__(self, **held: Any) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class TiedLanguageModel(nn.Module):
 
 
 class Quantized(nn.Module):
-    """int8 and uint8 codes with their float scales, as weight-only quantization keeps them."""
+    """int8 and uint8 codes with float scales, as weight-only quantization stores them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,6 +147,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "compiled and copied": lambda: copy.deepcopy(compiled(small())),
     "compiled and wrapped": lambda: Holder(module=compiled(small())),
     "wrapped": lambda: Holder(module=small()),
+    "data parallel": lambda: nn.DataParallel(compiled(small())),
     "wrapped twice": lambda: Holder(module=Holder(module=small())),
     "one child called module": lambda: Holder(module=nn.Linear(4, 3), head=nn.Linear(3, 2)),
     "quantized": Quantized,
@@ -217,13 +218,14 @@ def _initialised(lazy: Any) -> nn.Module:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's random numbers from `seed`, and as they were afterwards."""
+    """Draw torch's random numbers from `seed`, and restore their state afterwards."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # torch.manual_seed also formats a stack for each accelerator, which takes milliseconds.
+        torch.default_generator.manual_seed(seed)
         yield
 
 
 def build(name: str, seed: int) -> nn.Module:
-    """The module of that name, alike for the same seed."""
+    """Return the module of that name. The same seed gives the same weights."""
     with seeded(seed):
         return ZOO[name]()

@@ -1,60 +1,41 @@
-"""Any torch module in any Flower strategy, with nothing lost on the way."""
+"""Federate any torch module with any Flower strategy."""
 
 from importlib.metadata import version
 
-from flower_adapter.arrays import ArrayMismatch, add, load_arrays, subtract, to_arrays
-from flower_adapter.average import average_arrays
-from flower_adapter.checkpoint import Checkpoint, CheckpointError, checkpoints, read_checkpoint
-from flower_adapter.client import torch_client_app
-from flower_adapter.compress import CodecError
-from flower_adapter.durable import Durable
-from flower_adapter.state import (
-    StateFormatError,
-    drop_state,
-    restore_state,
-    save_state,
-    state_size,
-)
-from flower_adapter.strategies import (
-    Checkpointed,
-    Dropped,
-    Guarded,
-    OuterOptimizer,
-    RoundFailed,
-    Seeded,
-    StreamingFedAvg,
-    Wired,
-)
-from flower_adapter.wire import wire_mod
+from flower_adapter.arrays.codecs import CodecError
+from flower_adapter.arrays.convert import ArrayMismatch, load_arrays, to_arrays
+from flower_adapter.client.app import torch_client_app
+from flower_adapter.client.compression import compression_mod
+from flower_adapter.client.disk import DiskState
+from flower_adapter.client.state import StateFormatError, restore_state, save_state
+from flower_adapter.server.checkpoints import CheckpointError, Checkpoints
+from flower_adapter.server.compression import Compression
+from flower_adapter.server.guard import Guard
+from flower_adapter.server.outer import OuterOptimizer
+from flower_adapter.server.record import RoundFailed, RoundRecord
+from flower_adapter.server.rounds import run_rounds
+from flower_adapter.server.streaming import StreamingFedAvg
 
 __version__ = version("flower-adapter")
 
 __all__ = [
     "ArrayMismatch",
-    "Checkpoint",
     "CheckpointError",
-    "Checkpointed",
+    "Checkpoints",
     "CodecError",
-    "Dropped",
-    "Durable",
-    "Guarded",
+    "Compression",
+    "DiskState",
+    "Guard",
     "OuterOptimizer",
     "RoundFailed",
-    "Seeded",
+    "RoundRecord",
     "StateFormatError",
     "StreamingFedAvg",
-    "Wired",
-    "add",
-    "average_arrays",
-    "checkpoints",
-    "drop_state",
+    "compression_mod",
     "load_arrays",
-    "read_checkpoint",
     "restore_state",
+    "run_rounds",
     "save_state",
-    "state_size",
-    "subtract",
     "to_arrays",
     "torch_client_app",
-    "wire_mod",
 ]

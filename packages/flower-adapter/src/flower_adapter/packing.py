@@ -1,16 +1,16 @@
 """Nested state as JSON and named arrays, bit for bit, without pickle.
 
-What is kept between rounds, in a `Context` or in a file, goes through here: dicts, lists, tuples,
-numbers, strings and bytes become JSON; tensors, numpy arrays and Flower's arrays become Flower
-`Array`s beside it. dtypes that numpy lacks (bfloat16, float8) are kept as integers of the same
-bits: such arrays are for `unpack`, not for averaging.
+Every state that is kept between rounds, in a `Context` or in a file, goes through this module.
+Dicts, lists, tuples, numbers, strings and bytes become JSON. Tensors, numpy arrays and Flower's
+arrays become Flower `Array`s beside the JSON. numpy lacks bfloat16 and float8, so tensors of these
+dtypes are kept as integers with the same bits. Such arrays must not be averaged.
 """
 
 import base64
 import json
 import math
 import os
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from flower_adapter import npy
-from flower_adapter.arrays import WIDENED, WIRE_DTYPES, to_array
+from flower_adapter.arrays import npy
+from flower_adapter.arrays.convert import ARRAY_DTYPES, WIDENED, to_array
 
 _SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {
     "list": list,
     "tuple": tuple,
-    "set": set,
     "Size": torch.Size,
 }
 _BITS = {1: torch.uint8, 2: torch.int16}
@@ -39,7 +38,7 @@ _RECORDS = {
     "MetricRecord": MetricRecord,
     "RecordDict": RecordDict,
 }
-# What a safetensors file can hold of numpy's dtypes; the rest is kept as bytes.
+# The dtypes of numpy that safetensors supports. Arrays of other dtypes are kept as bytes.
 _FILE_KINDS = frozenset(
     ["bool", "float16", "float32", "float64"]
     + [f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 32, 64)]
@@ -48,13 +47,14 @@ _STRUCTURE, _FOREIGN = "structure", "foreign"
 
 
 def pack(value: Any, path: str) -> tuple[str, dict[str, Array]]:
-    """`value` as JSON and the arrays that it names; `path` is what errors call it.
+    """Return `value` as JSON and the arrays that the JSON refers to.
 
-    `value` nests dict and Counter (str or int keys), list, tuple, set, deque, torch.Size, Tensor,
-    numpy array or number, int, float, complex, bool, str, bytes, None and Flower's records.
+    `value` may nest dict and Counter (str or int keys), list, tuple, torch.Size, Tensor, numpy
+    array or number, int, float, complex, bool, str, bytes, None and Flower's records. `path` names
+    the value in errors.
 
     Raises:
-        TypeError: something else is in it; the message gives its path.
+        TypeError: the value holds something else. The text gives its path.
     """
     arrays: dict[str, Array] = {}
     structure = _encode(value, path, arrays)
@@ -62,24 +62,24 @@ def pack(value: Any, path: str) -> tuple[str, dict[str, Array]]:
 
 
 def unpack(structure: str, arrays: Mapping[str, Array]) -> Any:
-    """The value that `pack` was given. Tensors are new, on the CPU, of the dtype and bits they had.
+    """Return the value that was given to `pack`.
 
-    A parameter comes back as a plain tensor, an OrderedDict or defaultdict as a dict; everything
-    else has the type it had.
+    Tensors are new, on the CPU, with the same dtype and bits. A parameter becomes a plain tensor.
+    An OrderedDict or defaultdict becomes a dict. All other types are restored.
 
     Raises:
-        KeyError, TypeError, ValueError: `structure` and `arrays` are not what `pack` made.
+        KeyError, TypeError, ValueError: `structure` and `arrays` do not come from `pack`.
     """
     return _decode(json.loads(structure), arrays)
 
 
 def write_file(path: Path, structure: str, arrays: Mapping[str, Array]) -> None:
-    """Write a safetensors file and have it on the disk before returning; not atomic by itself.
+    """Write a safetensors file and sync it to the disk. The write is not atomic.
 
-    Arrays of a dtype or serialization that safetensors lacks are in it as bytes.
+    Arrays with a dtype or serialization that safetensors lacks are written as bytes.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     values: dict[str, NDArray[Any]] = {}
     foreign: dict[str, tuple[str, list[int], str]] = {}
@@ -97,19 +97,19 @@ def write_file(path: Path, structure: str, arrays: Mapping[str, Array]) -> None:
 
 
 def read_file(path: Path) -> tuple[str, dict[str, Array]]:
-    """What `write_file` was given.
+    """Return the structure and arrays that were given to `write_file`.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it is truncated, or no file of `write_file`.
+        OSError: the file does not exist or cannot be read.
+        ValueError: the file is truncated, or `write_file` did not write it.
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            about = file.metadata() or {}
-            structure, foreign = about[_STRUCTURE], json.loads(about[_FOREIGN])
+            metadata = file.metadata() or {}
+            structure, foreign = metadata[_STRUCTURE], json.loads(metadata[_FOREIGN])
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is truncated or of another kind: {error}") from error
+        raise ValueError(f"{path} is truncated or has another format: {error}") from error
     arrays = {}
     for name, found in values.items():
         if name in foreign:
@@ -121,7 +121,10 @@ def read_file(path: Path) -> tuple[str, dict[str, Array]]:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or a directory's entries, on the disk; a no-op where directories cannot be."""
+    """Sync a file, or the entries of a directory, to the disk.
+
+    Windows cannot sync a directory, so there this does nothing for one.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:  # a directory on Windows
@@ -142,8 +145,6 @@ def _encode(value: Any, path: str, arrays: dict[str, Array]) -> Any:
         return {"bytes": base64.b64encode(value).decode()}
     if kind is complex:
         return {"complex": [_encode(value.real, path, arrays), _encode(value.imag, path, arrays)]}
-    if kind is deque:
-        return {"deque": [_encode(list(value), path, arrays), value.maxlen]}
     if kind in _SEQUENCES.values():
         items = [_encode(item, f"{path}[{i}]", arrays) for i, item in enumerate(value)]
         return {kind.__name__: items}
@@ -185,7 +186,7 @@ def _numpy(value: NDArray[Any] | np.generic, path: str, arrays: dict[str, Array]
 
 
 def _tensor(tensor: Tensor, path: str, arrays: dict[str, Array]) -> list[str]:
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in WIRE_DTYPES:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in ARRAY_DTYPES:
         raise TypeError(
             f"{path} is a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}, "
             "which cannot be saved"
@@ -205,9 +206,6 @@ def _decode(node: Any, arrays: Mapping[str, Array]) -> Any:
         return base64.b64decode(content)
     if kind == "complex":
         return complex(*(_decode(part, arrays) for part in content))
-    if kind == "deque":
-        items, maxlen = content
-        return deque(_decode(items, arrays), maxlen)
     if kind in _SEQUENCES:
         return _SEQUENCES[kind](_decode(item, arrays) for item in content)
     if kind == "Counter":
@@ -230,7 +228,7 @@ def _decode(node: Any, arrays: Mapping[str, Array]) -> Any:
 
 def _load(array: Array, dtype_name: str) -> Tensor:
     dtype = getattr(torch, dtype_name)
-    if dtype not in WIRE_DTYPES:
+    if dtype not in ARRAY_DTYPES:
         raise ValueError(f"unknown dtype {dtype_name!r}")
     values = npy.from_array(array)
     bits = torch.empty(values.shape, dtype=_bits_dtype(dtype))
@@ -239,5 +237,5 @@ def _load(array: Array, dtype_name: str) -> Tensor:
 
 
 def _bits_dtype(dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, or an integer of its size if numpy lacks it."""
+    """Return `dtype`, or an integer dtype of the same size if numpy lacks it."""
     return _BITS[dtype.itemsize] if dtype in WIDENED else dtype

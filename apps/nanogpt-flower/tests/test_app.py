@@ -1,0 +1,117 @@
+"""The whole app in one process, with its ServerApp and ClientApp but without Flower's runtime."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flower_adapter import RoundFailed
+from nanogpt_flower.settings import SettingsError
+from shakespeare_data import CorpusUnavailable, DataError, load_corpus, partition
+
+RunApp = Callable[..., Path]
+
+
+def rows_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_runs_of_one_seed_have_equal_metrics_and_samples(
+    run_app: RunApp, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = tiny | {"dropout": 0.1, "optimizer": "muon", "fraction-train": 0.6}
+    runs = [
+        run_app(settings | {"output-dir": str(tmp_path / name)}, 4, run_id=run_id)
+        for run_id, name in enumerate(("first", "second"), start=1)
+    ]
+    first, second = runs
+    for name in ("metrics.jsonl", "sample.txt"):
+        assert (first / name).read_text() == (second / name).read_text()
+    rows = rows_of(first)
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    assert rows[2]["val_loss"] < rows[0]["val_loss"] - 0.5
+    assert rows[2]["clients"] == 2
+
+
+def test_another_seed_gives_other_metrics(
+    run_app: RunApp, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = tiny | {"num-server-rounds": 1, "max-steps": 2}
+    losses = {
+        rows_of(run_app(settings | {"output-dir": str(tmp_path / str(s)), "seed": s}))[1][
+            "val_loss"
+        ]
+        for s in (1, 2)
+    }
+    assert len(losses) == 2
+
+
+def test_a_bad_setting_ends_the_run_before_anything_is_written(
+    run_app: RunApp, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    for bad, text in (
+        ({"n-head": 3}, "n-embd is 16; it must be divisible by n-head, which is 3"),
+        ({"uplink": "3-bit"}, "uplink is '3-bit'"),
+    ):
+        with pytest.raises(SettingsError, match=text):
+            run_app(tiny | bad | {"output-dir": str(output)})
+    with pytest.raises(DataError, match="no such"):
+        run_app(tiny | {"corpus": "no such corpus", "output-dir": str(output)})
+    assert not output.exists()
+
+
+def test_a_run_whose_clients_all_fail_fails_with_their_reason(
+    run_app: RunApp, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = tiny | {"block-size": 500, "output-dir": str(tmp_path / "out")}
+    with pytest.raises(RoundFailed) as caught:
+        run_app(settings)
+    # all rounds of the run have failed, though fewer in a row than max-failed-rounds
+    assert "train round 2: 0 good of 2 replies" in str(caught.value)
+    assert str(caught.value).count("block-size 500 needs at least 501") == 2
+
+
+def test_a_server_without_text_takes_its_clients_vocabulary(
+    run_app: RunApp, tiny: dict[str, Any], text_file: Path, tmp_path: Path
+) -> None:
+    parts = partition(load_corpus(str(text_file)), 2).write(tmp_path / "datasets")
+    settings = tiny | {
+        "corpus": "none",
+        "num-server-rounds": 1,
+        "output-dir": str(tmp_path / "out"),
+    }
+    directory = run_app(settings, data_paths=parts)
+    rows = rows_of(directory)
+    assert rows[1]["val_loss"] is None
+    assert 0 < rows[1]["client_val_loss"] < 3
+    tokenizer = json.loads((directory / "model" / "tokenizer.json").read_text())
+    assert tokenizer["vocab"] == "".join(sorted(set(text_file.read_text())))
+    assert json.loads((directory / "config.json").read_text())["corpus"] is None
+
+
+def test_a_resumed_run_shows_the_rounds_before_and_trains_further(
+    run_app: RunApp, tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def settings(name: str, rounds: int, **more: str) -> dict[str, Any]:
+        places = {"output-dir": str(tmp_path / name), "client-state": str(tmp_path / f"{name}-c")}
+        return tiny | {"max-steps": 3, "num-server-rounds": rounds} | places | more
+
+    whole = run_app(settings("whole", 3))
+    first = run_app(settings("cut", 2))
+    capsys.readouterr()
+    resumed = run_app(settings("cut", 3, **{"resume-from": str(first)}), run_id=2)
+    assert resumed == first
+    for name in ("metrics.jsonl", "sample.txt"):
+        assert (resumed / name).read_text() == (whole / name).read_text()
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:5]]
+    assert shown == ["0", "1", "2", "3"]
+
+
+def test_a_corpus_that_does_not_exist_is_named(
+    run_app: RunApp, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises((DataError, CorpusUnavailable), match="nowhere"):
+        run_app(tiny | {"corpus": str(tmp_path / "nowhere"), "output-dir": str(tmp_path)})

@@ -1,0 +1,1 @@
+"""Tensors as Flower arrays: conversion, selection, compression and averages."""

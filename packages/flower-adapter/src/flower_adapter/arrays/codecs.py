@@ -1,0 +1,223 @@
+"""Codecs: each packs one float32 tensor of two or more dimensions into fewer bytes.
+
+| codec | bits a value | scale |
+|---|---|---|
+| fp32 | 32 | exact |
+| bf16 | 16 | its own exponent, round to nearest even |
+| int8 | 8 | largest magnitude of each channel (the first dimension), float32 |
+| int4 | 4.125 | largest magnitude of each block of 128 values, bfloat16 |
+| 2-bit | 2.125 | least squares over each block of 128 values, bfloat16 |
+| top-k | 64 a kept value | exact; keeps the largest 1 % of each tensor, or 5 % as "top-k:0.05" |
+
+int4 and 2-bit follow the blockwise quantization of MuLoCo (arXiv 2505.23725). "2-bit" has the four
+levels of the Lloyd-Max quantizer for a normal distribution (Max, "Quantizing for minimum
+distortion", 1960). Its scale is then fitted to the chosen levels, so the error of a block is never
+larger than the block itself. Error feedback needs this (arXiv 1901.09847).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flower_adapter.arrays import npy
+
+BLOCK = 128  # values that share a scale in int4 and 2-bit
+KEPT = 0.01  # fraction of a tensor's values that top-k keeps by default
+# The levels of 2-bit and the threshold between them, in standard deviations.
+_LOW, _HIGH, _THRESHOLD = 0.4528, 1.5104, 0.9816
+
+Shape = tuple[int, ...]
+
+
+class CodecError(ValueError):
+    """Arrays cannot be encoded or decoded. The text names the codec, the array and the cause."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Packs one float32 tensor into bytes and unpacks it."""
+
+    name: str
+    encode: Callable[[Tensor], bytes]  # the values must be finite
+    decode: Callable[[bytes, Shape], Tensor]  # gives float32
+
+
+def codec(name: str) -> Codec:
+    """Return the codec "fp32", "bf16", "int8", "int4", "2-bit", "top-k" or "top-k:0.05".
+
+    Raises:
+        CodecError: there is no such codec. The text lists those that exist.
+    """
+    if not isinstance(name, str):
+        raise CodecError(f"codec is {name!r}, should be a name such as '2-bit'")
+    base, _, parameter = name.partition(":")
+    if base == "top-k":
+        return _top_k(name, parameter)
+    if name not in _CODECS:
+        known = ", ".join([*_CODECS, "top-k", "top-k:FRACTION"])
+        raise CodecError(f"codec {name!r} is unknown here, should be one of {known}")
+    return _CODECS[name]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _tensor(data: bytes, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    """Return a read-only view of part of `data`."""
+    raw = npy.tensor_view(np.frombuffer(data, np.uint8)[start:stop])
+    # A view of a wider dtype must be aligned. Data that is not aligned is copied.
+    return raw.view(dtype) if start % dtype.itemsize == 0 else raw.clone().view(dtype)
+
+
+def _expect(name: str, data: bytes, size: int) -> None:
+    if len(data) != size:
+        raise CodecError(f"{name} data has {len(data)} bytes, should have {size}")
+
+
+def _encode_fp32(values: Tensor) -> bytes:
+    return _bytes(values)
+
+
+def _decode_fp32(data: bytes, shape: Shape) -> Tensor:
+    _expect("fp32", data, 4 * math.prod(shape))
+    return _tensor(data, torch.float32, 0, len(data)).view(shape)
+
+
+def _encode_bf16(values: Tensor) -> bytes:
+    return _bytes(values.to(torch.bfloat16))
+
+
+def _decode_bf16(data: bytes, shape: Shape) -> Tensor:
+    _expect("bf16", data, 2 * math.prod(shape))
+    return _tensor(data, torch.bfloat16, 0, len(data)).view(shape).float()
+
+
+def _encode_int8(values: Tensor) -> bytes:
+    channels = values.reshape(values.shape[0], -1)
+    scales = channels.abs().amax(1, keepdim=True) / 127
+    # Clamped, because a scale near the smallest floats is rounded down.
+    quantized = (channels / _divisor(scales)).round_().clamp_(-127, 127).to(torch.int8)
+    return _bytes(scales) + _bytes(quantized)
+
+
+def _decode_int8(data: bytes, shape: Shape) -> Tensor:
+    _expect("int8", data, 4 * shape[0] + math.prod(shape))
+    scales = _tensor(data, torch.float32, 0, 4 * shape[0])
+    quantized = _tensor(data, torch.int8, 4 * shape[0], len(data)).view(shape[0], -1)
+    return (quantized.float() * scales[:, None]).view(shape)
+
+
+def _encode_int4(values: Tensor) -> bytes:
+    blocks = _blocks(values)
+    scales = (blocks.abs().amax(1, keepdim=True) / 7).to(torch.bfloat16)
+    quantized = (blocks / _divisor(scales.float())).round_().clamp_(-7, 7)
+    codes = quantized.add_(8).to(torch.uint8).view(-1, 2)
+    packed = codes[:, 0] | codes[:, 1] << 4
+    return _bytes(scales) + _bytes(packed)
+
+
+def _decode_int4(data: bytes, shape: Shape) -> Tensor:
+    count = _num_blocks(shape)
+    _expect("int4", data, count * (2 + BLOCK // 2))
+    packed = _tensor(data, torch.uint8, 2 * count, len(data))
+    codes = torch.stack((packed & 15, packed >> 4), 1)
+    return _scaled(codes.view(count, BLOCK).float().sub_(8), data, shape)
+
+
+def _encode_2bit(values: Tensor) -> bytes:
+    blocks = _blocks(values)
+    magnitudes = blocks.abs()
+    count = torch.full((len(blocks), 1), float(BLOCK))
+    count[-1] -= blocks.numel() - values.numel()  # the last block is filled with zeros
+    deviation = torch.linalg.vector_norm(blocks, dim=1, keepdim=True) / count.sqrt()
+    large = magnitudes > _THRESHOLD * deviation
+    # scale = <x, q> / <q, q>, where q are the chosen levels with the signs of x
+    num_large = large.sum(1, keepdim=True)
+    sum_large = (magnitudes * large).sum(1, keepdim=True)
+    product = _LOW * (magnitudes.sum(1, keepdim=True) - sum_large) + _HIGH * sum_large
+    scales = product / (_LOW**2 * (count - num_large) + _HIGH**2 * num_large)
+    codes = (large.to(torch.uint8) | torch.signbit(blocks).to(torch.uint8) << 1).view(-1, 4)
+    packed = codes[:, 0] | codes[:, 1] << 2 | codes[:, 2] << 4 | codes[:, 3] << 6
+    return _bytes(scales.to(torch.bfloat16)) + _bytes(packed)
+
+
+def _decode_2bit(data: bytes, shape: Shape) -> Tensor:
+    count = _num_blocks(shape)
+    _expect("2-bit", data, count * (2 + BLOCK // 4))
+    packed = np.frombuffer(data, np.uint8, offset=2 * count)
+    # One look-up gives the four values of a byte. This is faster than shifting and masking.
+    levels = torch.from_numpy(_FOUR_LEVELS[packed])
+    return _scaled(levels.view(count, BLOCK), data, shape)
+
+
+def _scaled(levels: Tensor, data: bytes, shape: Shape) -> Tensor:
+    scales = _tensor(data, torch.bfloat16, 0, 2 * len(levels)).float()
+    return levels.mul_(scales[:, None]).view(-1)[: math.prod(shape)].view(shape)
+
+
+def _blocks(values: Tensor) -> Tensor:
+    """Return `values` in rows of `BLOCK`. Zeros fill the last row."""
+    flat = values.reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+
+
+def _num_blocks(shape: Shape) -> int:
+    return -(-math.prod(shape) // BLOCK)
+
+
+def _divisor(scales: Tensor) -> Tensor:
+    """Return `scales` with 1 in place of 0: a block with scale 0 holds only zeros."""
+    return torch.where(scales == 0, 1.0, scales)
+
+
+def _top_k(name: str, parameter: str) -> Codec:
+    try:
+        kept = float(parameter) if parameter else KEPT
+    except ValueError:
+        kept = math.nan
+    if not 0 < kept <= 1 or name.endswith(":"):
+        raise CodecError(f"codec {name!r} should be top-k:FRACTION, above 0 and at most 1")
+
+    def encode(values: Tensor) -> bytes:
+        flat = values.reshape(-1)
+        if len(flat) >= 2**31:
+            raise CodecError(f"{name} takes tensors of less than 2^31 values, not {len(flat)}")
+        largest = flat.abs().topk(math.ceil(kept * len(flat)), sorted=False).indices
+        largest = largest.sort().values
+        return _bytes(largest.to(torch.int32)) + _bytes(flat[largest])
+
+    def decode(data: bytes, shape: Shape) -> Tensor:
+        count = len(data) // 8
+        _expect(name, data, 8 * math.ceil(kept * math.prod(shape)))
+        where = _tensor(data, torch.int32, 0, 4 * count).long()
+        flat = torch.zeros(math.prod(shape))
+        if count and not 0 <= int(where.min()) <= int(where.max()) < len(flat):
+            raise CodecError(f"{name} data has indices outside the {len(flat)} values")
+        flat[where] = _tensor(data, torch.float32, 4 * count, len(data))
+        return flat.view(shape)
+
+    return Codec(name, encode, decode)
+
+
+def _four_levels() -> NDArray[np.float32]:
+    levels = np.array([_LOW, _HIGH, -_LOW, -_HIGH], np.float32)
+    codes = np.arange(256)[:, None] >> np.array([0, 2, 4, 6]) & 3
+    four: NDArray[np.float32] = levels[codes]
+    return four
+
+
+_FOUR_LEVELS = _four_levels()  # (256, 4): the four values in each byte of 2-bit
+
+_CODECS = {
+    "fp32": Codec("fp32", _encode_fp32, _decode_fp32),
+    "bf16": Codec("bf16", _encode_bf16, _decode_bf16),
+    "int8": Codec("int8", _encode_int8, _decode_int8),
+    "int4": Codec("int4", _encode_int4, _decode_int4),
+    "2-bit": Codec("2-bit", _encode_2bit, _decode_2bit),
+}

@@ -1,0 +1,112 @@
+"""numpy arrays and tensors to Flower's `Array`, with one copy, and back, with none.
+
+Flower's `Array` holds the bytes that `numpy.save` writes. `numpy.save` copies in chunks and
+`numpy.load` copies again. The functions here write the bytes once and read them in place.
+"""
+
+import ctypes
+import math
+from functools import lru_cache
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array
+from numpy.typing import NDArray
+from torch import Tensor
+
+STYPE = "numpy.ndarray"  # Flower's name for this serialization
+_MAX_HEADER = 10_000  # bytes, the limit of numpy.load
+
+
+def to_array(values: NDArray[Any]) -> Array:
+    """Return `values` as an `Array` with the bytes that `numpy.save` writes."""
+    values = np.asarray(values, order="C")
+    data = b"".join((_header(values.dtype, values.shape), values.data))
+    return Array(dtype=str(values.dtype), shape=values.shape, stype=STYPE, data=data)
+
+
+def from_array(array: Array) -> NDArray[Any]:
+    """Return the values of `array` as a read-only view of its bytes.
+
+    Raises:
+        ValueError: the bytes are not one whole array in numpy's format 1.0 or 2.0, or the array
+            would need pickle.
+    """
+    if array.stype != STYPE:
+        raise ValueError(f"is serialized as {array.stype!r}, should be {STYPE!r}")
+    start = _header_size(array.data)
+    shape, fortran_order, dtype = _read_header(array.data[:start])
+    if dtype.hasobject:
+        raise ValueError(f"has dtype {dtype}, which holds Python objects")
+    size, available = math.prod(shape) * dtype.itemsize, len(array.data) - start
+    if size != available:
+        raise ValueError(f"holds {available} bytes, should hold {size} for {dtype} {shape}")
+    if size == 0:
+        return np.empty(shape, dtype)
+    flat = np.frombuffer(array.data, dtype, offset=start)
+    return flat.reshape(shape, order="F" if fortran_order else "C")
+
+
+def cast(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return `values` as `dtype`. A float becomes the nearest integer in the range of `dtype`."""
+    if dtype.kind in "iu" and values.dtype.kind == "f":
+        # The largest double below 2**63 or 2**64: a mean in double precision can round up to it.
+        most = np.nextafter(2.0 ** (8 * dtype.itemsize - (dtype.kind == "i")), 0)
+        values = np.clip(np.rint(values), np.iinfo(dtype).min, most)
+    elif dtype.kind == "b":
+        values = np.rint(values)
+    with np.errstate(over="ignore"):
+        return values.astype(dtype, copy=False)
+
+
+def tensor_view(values: NDArray[Any]) -> Tensor:
+    """Return a tensor that shares the memory of `values`. The caller must not write to it.
+
+    Values that are not in C order are copied. torch has no read-only tensors and warns about
+    read-only arrays, so a view through ctypes hides the flag. The tensor keeps `values` alive.
+    """
+    values = np.asarray(values, order="C")
+    if values.flags.writeable or values.size == 0:
+        return torch.from_numpy(np.require(values, requirements="W"))
+    view: Any = (ctypes.c_uint8 * values.nbytes).from_address(values.ctypes.data)
+    view._owner = values
+    return torch.from_numpy(np.frombuffer(view, values.dtype).reshape(values.shape))
+
+
+def array_view(array: Array) -> Tensor:
+    """Return a tensor that shares the bytes of `array`. The caller must not write to it."""
+    return tensor_view(from_array(array))
+
+
+def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    fields = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    stream = BytesIO()
+    np.lib.format.write_array_header_1_0(stream, fields)
+    return stream.getvalue()
+
+
+def _header_size(data: bytes) -> int:
+    """Return how many bytes stand before the values: magic, version, length and header."""
+    version = np.lib.format.read_magic(BytesIO(data[:8]))
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"is in numpy format {version}, should be (1, 0) or (2, 0)")
+    width = 2 if version == (1, 0) else 4
+    size = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
+    if size > _MAX_HEADER:
+        raise ValueError(f"has a header of {size} bytes, should have at most {_MAX_HEADER}")
+    return size
+
+
+@lru_cache(maxsize=1024)  # numpy parses a header in more time than it takes to add an array
+def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, Fortran order and dtype."""
+    stream = BytesIO(header)
+    if np.lib.format.read_magic(stream) == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    return np.lib.format.read_array_header_2_0(stream)

@@ -1,0 +1,173 @@
+"""A Flower `ClientApp` from a torch model and a train function.
+
+When a ClientApp raises, Flower tells the server. In a deployment it sends the exception's type and
+text, in a simulation it sends Ray's traceback with the text inside. Here ValueError,
+ArithmeticError and OSError mean bad input or a failed computation, so they are answered with an
+error reply of one plain sentence in both. All other exceptions are left to Flower.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, TypeAlias, TypeVar
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from flower_adapter import protocol
+from flower_adapter._flwr import ErrorCode, Mod
+from flower_adapter.arrays.convert import entries, load_arrays, to_arrays
+from flower_adapter.arrays.selection import Selection
+from flower_adapter.client.replies import refuse
+from flower_adapter.client.state import restore_state, save_state
+
+Metrics: TypeAlias = Mapping[str, float | int]
+Model = TypeVar("Model", bound=nn.Module)
+BuildModel: TypeAlias = Callable[[ConfigRecord, Context], Model]
+Work: TypeAlias = Callable[[Model, ConfigRecord, Context], Metrics]
+Query: TypeAlias = Callable[[Context], ConfigRecord]
+Handler: TypeAlias = Callable[[Message, Context], Message]
+
+REFUSED = (ValueError, ArithmeticError, OSError)
+
+
+def torch_client_app(
+    build_model: BuildModel[Model],
+    train: Work[Model],
+    evaluate: Work[Model] | None = None,
+    *,
+    label: Callable[[Context], str] = protocol.default_label,
+    queries: Mapping[str, Query] | None = None,
+    select: Selection | None = None,
+    mods: Sequence[Mod] = (),
+) -> ClientApp:
+    """Return a ClientApp that trains and evaluates the model that the server sends.
+
+    A train message goes through three steps. `build_model(config, context)` makes the model, which
+    then gets the server's arrays. `train(model, config, context)` trains it and returns metrics.
+    The reply carries the model's arrays and these metrics. An evaluate message calls `evaluate` in
+    the same way, and its reply carries metrics only. Without `evaluate` the client cannot answer
+    evaluate messages, so the strategy needs `fraction_evaluate=0`.
+
+    Args:
+        build_model: makes the module on the client.
+        train: returns int or float metrics by name, with "num-examples" above 0.
+        evaluate: returns metrics in the same form.
+        label: names the client. Give a name that is the same in every run, for example a digest of
+            the client's data. The default is "partition 0007" for partition-id 7, else the node
+            id, which is new in every run.
+        queries: functions that answer further questions by name. A message of type
+            "query.vocabulary" calls the function under "vocabulary". Its record is the record
+            "client" of the reply.
+        select: says which arrays travel (see `flower_adapter.arrays.selection`). Other arrays that
+            the client trains, and buffers, stay in the client's context from round to round.
+            Frozen arrays that are not selected are as `build_model` made them.
+        mods: mods of Flower and of this package, the outermost first, for example
+            `[DiskState("state"), compression_mod]`.
+
+    A ValueError (such as ArrayMismatch), ArithmeticError or OSError from one of the functions is
+    logged on the client with its traceback. The server gets its class and its text.
+    """
+    app = ClientApp(mods=list(mods))
+
+    def run(work: Work[Model], message: Message, context: Context) -> tuple[str, Model, RecordDict]:
+        key, arrays = _single_arrays(message)
+        config = protocol.config_of(message)
+        model = build_model(config, context)
+        if select is not None:
+            _load_personal(model, context, select)
+        load_arrays(model, arrays, select=select)
+        metrics = _checked_metrics(work(model, config, context), work)
+        client = protocol.label_record(label(context))
+        return key, model, RecordDict({"metrics": metrics, protocol.CLIENT: client})
+
+    @app.train()
+    @_refusing
+    def handle_train(message: Message, context: Context) -> Message:
+        key, model, records = run(train, message, context)
+        records[key] = to_arrays(model, select=select)
+        if select is not None:
+            _save_personal(model, context, select)
+        return Message(records, reply_to=message)
+
+    if evaluate is not None:
+
+        @app.evaluate()
+        @_refusing
+        def handle_evaluate(message: Message, context: Context) -> Message:
+            _, _, records = run(evaluate, message, context)
+            return Message(records, reply_to=message)
+
+    def answer_label(context: Context) -> ConfigRecord:
+        return protocol.label_record(label(context))
+
+    for action, answer in {protocol.LABEL_ACTION: answer_label, **(queries or {})}.items():
+        app.query(action)(_answering(answer))
+    return app
+
+
+def _answering(answer: Query) -> Handler:
+    @_refusing
+    def handle_query(message: Message, context: Context) -> Message:
+        return Message(RecordDict({protocol.CLIENT: answer(context)}), reply_to=message)
+
+    return handle_query
+
+
+def _refusing(handler: Handler) -> Handler:
+    @wraps(handler)
+    def handle(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except REFUSED as error:
+            return refuse(message, error, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
+
+    return handle
+
+
+def _personal(model: nn.Module, select: Selection) -> set[str]:
+    """Return the names of arrays that the client trains or counts, but does not share."""
+    return {
+        entry.name
+        for entry in entries(model)
+        if not select(entry)
+        and (entry.tensor.requires_grad or not isinstance(entry.tensor, nn.Parameter))
+    }
+
+
+def _save_personal(model: nn.Module, context: Context, select: Selection) -> None:
+    names = _personal(model, select)
+    if names:
+        arrays = to_arrays(model, select=lambda entry: entry.name in names)
+        save_state(context, name=protocol.PERSONAL, valid_for=model, arrays=arrays)
+
+
+def _load_personal(model: nn.Module, context: Context, select: Selection) -> None:
+    saved = restore_state(context, name=protocol.PERSONAL, valid_for=model)
+    if saved is not None:
+        names = _personal(model, select)
+        load_arrays(model, saved["arrays"], select=lambda entry: entry.name in names)
+
+
+def _single_arrays(message: Message) -> tuple[str, ArrayRecord]:
+    records = list(message.content.array_records.items())
+    if len(records) != 1:
+        raise ValueError(f"the message holds {len(records)} ArrayRecords, should hold one")
+    return records[0]
+
+
+def _checked_metrics(metrics: Metrics, work: Work[Any]) -> MetricRecord:
+    source = getattr(work, "__qualname__", repr(work))
+    for name, value in metrics.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(
+                f"{source} returned {name} = {value!r} ({type(value).__name__}), "
+                "should be an int or a float"
+            )
+    num_examples = metrics.get(protocol.NUM_EXAMPLES)
+    if num_examples is None or not math.isfinite(num_examples) or num_examples <= 0:
+        raise ValueError(
+            f"{source} returned {protocol.NUM_EXAMPLES} {num_examples}, should be above 0"
+        )
+    return MetricRecord(dict(metrics))

@@ -1,0 +1,89 @@
+"""The mod that decodes a client's messages and compresses its replies."""
+
+from flwr.app import ArrayRecord, Context, Message, RecordDict
+
+from flower_adapter import protocol
+from flower_adapter._flwr import ClientAppCallable
+from flower_adapter.arrays.codecs import CodecError, codec
+from flower_adapter.arrays.deltas import decode, encode
+from flower_adapter.client.replies import refuse
+from flower_adapter.client.state import drop_state, restore_state, save_state
+
+_MODEL = f"{protocol.COMPRESSION}.model"  # the model that server and client both hold
+_RESIDUAL = f"{protocol.COMPRESSION}.residual"  # error feedback
+
+
+def compression_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Decode the message and compress the reply: `ClientApp(mods=[compression_mod])`.
+
+    The server's message names the codecs, so the mod has no settings. It changes nothing in a
+    message of a server without compression. Put `DiskState` before it, and mods that read arrays,
+    such as Flower's mods for clipping and local privacy, after it.
+
+    The client keeps two states in its context: the model that the next delta starts from, and the
+    error feedback. If a message cannot be decoded, or a reply cannot be encoded, the server gets an
+    error reply.
+    """
+    if protocol.COMPRESSION not in message.content:
+        return call_next(message, context)
+    try:
+        header = protocol.CompressionHeader.from_record(message.content.pop(protocol.COMPRESSION))
+        for name in (header.downlink, header.uplink):
+            codec(name)
+        key, received = _decode(message.content, context, header)
+    except ValueError as error:
+        return refuse(message, error)
+    if key is None:
+        return call_next(message, context)
+    message.content[key] = received
+    reply = call_next(message, context)
+    if reply.has_error():
+        return reply
+    try:
+        _encode(reply.content, received, context, header)
+    except CodecError as error:
+        return refuse(message, error)
+    reply.content[protocol.COMPRESSION] = header.to_record()
+    return reply
+
+
+def _decode(
+    content: RecordDict, context: Context, header: protocol.CompressionHeader
+) -> tuple[str | None, ArrayRecord]:
+    """Return the key of the message's arrays, and the whole arrays."""
+    records = list(content.array_records.items())
+    if not records:
+        return None, ArrayRecord()
+    if len(records) > 1:
+        raise CodecError(f"the message holds {len(records)} ArrayRecords, should hold one")
+    [(key, arrays)] = records
+    if header.base:
+        model = restore_state(context, name=_MODEL)
+        version = model and model["version"]
+        if model is None or version != header.base:
+            drop_state(context, name=_MODEL)
+            raise CodecError(
+                f"the message changes version {header.base} of the model, but this client has "
+                f"{version or 'none'}; the server will send the whole model next time"
+            )
+        if header.version == header.base:  # the client has this model already
+            return key, model["arrays"]
+        arrays = decode(arrays, model["arrays"])
+    if header.version:
+        save_state(context, name=_MODEL, version=header.version, arrays=arrays)
+    return key, arrays
+
+
+def _encode(
+    content: RecordDict,
+    received: ArrayRecord,
+    context: Context,
+    header: protocol.CompressionHeader,
+) -> None:
+    """Compress the reply's arrays in place, and keep the loss for the next reply."""
+    for key, arrays in list(content.array_records.items()):
+        saved = restore_state(context, name=_RESIDUAL)
+        residual = saved["residual"] if saved and saved["codec"] == header.uplink else None
+        encoded = encode(arrays, received, header.uplink, residual)
+        save_state(context, name=_RESIDUAL, codec=header.uplink, residual=encoded.residual)
+        content[key] = encoded.arrays

@@ -1,0 +1,183 @@
+"""Keep torch state in a Flower `Context` between rounds, bit for bit.
+
+`context.state` gets two records for a state called `name`. The ArrayRecord `name.arrays` holds the
+arrays. The ConfigRecord `name.structure` holds the rest (dicts, lists, tuples, numbers, strings) as
+JSON. Nothing is pickled. A context lives as long as its run. `DiskState` keeps it in a directory.
+"""
+
+import copy
+import json
+import logging
+import random
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context
+from torch import nn
+
+from flower_adapter._flwr import ConfigRecordValues
+from flower_adapter.arrays.convert import signature
+from flower_adapter.packing import pack, unpack
+
+FORMAT = 2
+GENERATORS = (torch.Generator, np.random.Generator, random.Random)
+
+# Flower's own logger, so that the lines appear in the client's log.
+_logger = logging.getLogger("flwr")
+
+
+class StateFormatError(ValueError):
+    """The records under a name, or a file, do not hold a state in this format."""
+
+
+def save_state(
+    context: Context, *, name: str = "state", valid_for: nn.Module | None = None, **states: Any
+) -> int:
+    """Save `states` in `context.state` under `name`, in place of an earlier state.
+
+    A state may be an object with a `state_dict()` (an optimizer, a scheduler, a module, a data
+    loader), a random generator of torch, numpy or Python, or nested dicts, lists, tuples, tensors,
+    numpy arrays, numbers and strings. Only names, shapes and dtypes of the model `valid_for` are
+    saved. When they have changed, `restore_state` drops the state.
+
+    Returns:
+        the bytes that the state takes in the context. They are also logged, at debug level.
+
+    Raises:
+        TypeError: a state cannot be saved. The text gives its path. The earlier state stays.
+    """
+    packed = {key: state_of(value) for key, value in states.items()}
+    structure, arrays = pack(packed, name)
+    kinds = json.dumps({key: _kind(value, valid_for) for key, value in states.items()})
+    model = json.dumps(None if valid_for is None else list(signature(valid_for).items()))
+    fields: dict[str, ConfigRecordValues]
+    fields = {"format": FORMAT, "json": structure, "kinds": kinds, "model": model}
+    records = (ArrayRecord(arrays), ConfigRecord(fields))
+    context.state[f"{name}.arrays"], context.state[f"{name}.structure"] = records
+    size = sum(record.count_bytes() for record in records)
+    _logger.debug("state %s: %s bytes in the context", name, f"{size:,}")
+    return size
+
+
+def restore_state(
+    context: Context, *, name: str = "state", valid_for: nn.Module | None = None, **targets: Any
+) -> dict[str, Any] | None:
+    """Return the states that were saved under `name`, or None if there are none.
+
+    Each target is an object with `load_state_dict`, or a random generator. It loads the state that
+    was saved under its keyword. Tensors in the result are new, on the CPU, with the same dtype and
+    bits.
+
+    The whole state is dropped, with a warning, if it no longer fits. It does not fit if the model
+    has other names, shapes, dtypes or another order of parameters, if a target has another class,
+    if an optimizer has other parameters, or if a target was not saved or refuses its state. The
+    targets are then unchanged.
+
+    Raises:
+        StateFormatError: the records are incomplete, altered or have another format version.
+        TypeError: a target has no `load_state_dict` and is not a generator.
+    """
+    for key, target in targets.items():
+        if not isinstance(target, GENERATORS) and not hasattr(target, "load_state_dict"):
+            raise TypeError(f"{key} is a {type(target).__name__}, should have load_state_dict")
+    structure, arrays = (context.state.get(f"{name}.{part}") for part in ("structure", "arrays"))
+    if structure is None and arrays is None:
+        return None
+    if not isinstance(structure, ConfigRecord) or not isinstance(arrays, ArrayRecord):
+        raise StateFormatError(f"{name}: needs both {name}.structure and {name}.arrays")
+    if structure.get("format") != FORMAT:
+        raise StateFormatError(
+            f"{name}: has format {structure.get('format')!r}, should have format {FORMAT}"
+        )
+    try:
+        kinds = json.loads(cast(str, structure["kinds"]))
+        saved_model = json.loads(cast(str, structure["model"]))
+        states = unpack(cast(str, structure["json"]), arrays)
+    except (AttributeError, KeyError, TypeError, ValueError) as err:
+        raise StateFormatError(f"{name}: {type(err).__name__}: {err}") from err
+    changes = _model_changes(saved_model, valid_for) + _target_changes(kinds, targets, valid_for)
+    changes = changes or _load_all(states, targets)
+    if changes:
+        _logger.warning("state %s is dropped: %s", name, "; ".join(changes))
+        drop_state(context, name=name)
+        return None
+    return cast(dict[str, Any], states)
+
+
+def drop_state(context: Context, *, name: str = "state") -> None:
+    """Remove the state under `name` from the context, if there is one."""
+    for part in ("structure", "arrays"):
+        context.state.pop(f"{name}.{part}", None)
+
+
+def state_of(value: Any) -> Any:
+    """Return the state of a generator or of an object with `state_dict`, else the value itself."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, random.Random):
+        return value.getstate()
+    return value.state_dict() if callable(getattr(value, "state_dict", None)) else value
+
+
+def load_state(target: Any, state: Any) -> None:
+    """Load a state that `state_of` returned."""
+    if isinstance(target, torch.Generator):
+        target.set_state(state)
+    elif isinstance(target, np.random.Generator):
+        target.bit_generator.state = state
+    elif isinstance(target, random.Random):
+        target.setstate(state)
+    else:
+        target.load_state_dict(state)
+
+
+def _load_all(states: Mapping[str, Any], targets: Mapping[str, Any]) -> list[str]:
+    """Load every target. If one refuses, restore them all and return the reason."""
+    before = {key: copy.deepcopy(state_of(target)) for key, target in targets.items()}
+    for key, target in targets.items():
+        try:
+            load_state(target, states[key])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            for other, unchanged in before.items():
+                load_state(targets[other], unchanged)
+            return [f"{key} refuses the saved state: {error}"]
+    return []
+
+
+def _kind(value: Any, model: nn.Module | None) -> str:
+    """Return the class of a state. For an optimizer add its parameters, which its state lacks."""
+    kind = type(value).__name__
+    if model is None or not isinstance(value, torch.optim.Optimizer):
+        return kind
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [[names.get(id(p), "another") for p in g["params"]] for g in value.param_groups]
+    return f"{kind} of {groups}"
+
+
+def _target_changes(
+    kinds: Mapping[str, str], targets: Mapping[str, Any], model: nn.Module | None
+) -> list[str]:
+    return [
+        f"{key} is a {_kind(target, model)}, was {kinds.get(key, 'not saved')}"
+        for key, target in targets.items()
+        if _kind(target, model) != kinds.get(key)
+    ]
+
+
+def _model_changes(saved: list[list[str]] | None, model: nn.Module | None) -> list[str]:
+    """Return a sentence for each difference between the model now and when it was saved."""
+    if model is None or saved is None:
+        return []
+    was, now = dict(saved), signature(model)
+    changes = [
+        f"{entry} of the model is {now.get(entry, 'not there')}, was {was.get(entry, 'not there')}"
+        for entry in {**was, **now}
+        if was.get(entry) != now.get(entry)
+    ]
+    if not changes and list(was) != list(now):
+        changes.append("the parameters of the model are in another order")
+    return changes

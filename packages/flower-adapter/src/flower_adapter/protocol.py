@@ -1,0 +1,118 @@
+"""Every key and version that travels beside the arrays. No other module spells one.
+
+A message of the server carries Flower's config record, with the keys below, and may carry the
+record `COMPRESSION`. A reply of a client carries the record `CLIENT`, and `COMPRESSION` if the
+message had it.
+"""
+
+from typing import Any, NamedTuple, cast
+
+from flwr.app import ConfigRecord, Context, Message, MessageType
+
+# Keys that Flower's strategies use.
+SERVER_ROUND = "server-round"
+NUM_EXAMPLES = "num-examples"
+
+# Keys of the config record, set by a server that writes checkpoints.
+RUN = "flower-adapter.run"  # id of the first attempt of the run, the same after each resume
+ATTEMPTS = "flower-adapter.attempts"  # "4:1f0c…" for each resume: round, id of the attempt
+
+# The record of a reply that says who answers.
+CLIENT = "client"
+LABEL = "label"
+LABEL_ACTION = "label"
+LABEL_QUERY = f"{MessageType.QUERY}.{LABEL_ACTION}"
+
+# The record that describes compressed arrays, and the prefix of its states in a client's context.
+COMPRESSION = "flower-adapter.compression"
+COMPRESSION_VERSION = 1
+_COMPRESSED = "flower-adapter/"  # how the `stype` of a compressed array begins
+
+# Where a client keeps the layers that it trains but does not share.
+PERSONAL = "flower-adapter.personal"
+
+
+class CompressionHeader(NamedTuple):
+    """Describes the compressed arrays of a message and of its reply."""
+
+    downlink: str  # codec of the arrays in the message
+    uplink: str  # codec for the arrays in the reply
+    base: str  # version of the model to which the arrays are deltas; "" if the arrays are whole
+    version: str  # version of the model after decoding; "" if the client need not keep it
+
+    @classmethod
+    def from_record(cls, record: Any) -> "CompressionHeader":
+        """Read a header from its record.
+
+        Raises:
+            ValueError: the record has another version or lacks a field.
+        """
+        version = record.get("format") if isinstance(record, ConfigRecord) else None
+        if version != COMPRESSION_VERSION:
+            raise ValueError(
+                f"the message uses compression format {version!r}, this side knows "
+                f"{COMPRESSION_VERSION}: install the same flower-adapter on both sides"
+            )
+        values = [record.get(field, "") for field in cls._fields]
+        if not all(isinstance(value, str) for value in values):
+            raise ValueError(
+                f"the compression record is {dict(record)}, should hold texts for {cls._fields}"
+            )
+        return cls(*cast(list[str], values))
+
+    def to_record(self) -> ConfigRecord:
+        """Return the record for a message. Empty fields are left out: Flower cannot count them."""
+        fields = {name: value for name, value in self._asdict().items() if value}
+        return ConfigRecord({"format": COMPRESSION_VERSION, **fields})
+
+
+def compressed_stype(codec: str) -> str:
+    """Return the `stype` of an array that was compressed with `codec`."""
+    return f"{_COMPRESSED}{codec}/{COMPRESSION_VERSION}"
+
+
+def is_compressed(stype: str) -> bool:
+    """Tell whether an array with this `stype` is compressed."""
+    return stype.startswith(_COMPRESSED)
+
+
+def codec_of(stype: str) -> str:
+    """Return the codec that a compressed array names.
+
+    Raises:
+        ValueError: the array has another version of the format.
+    """
+    name, _, version = stype.removeprefix(_COMPRESSED).partition("/")
+    if version != str(COMPRESSION_VERSION):
+        raise ValueError(
+            f"is {name} of compression format {version or 'none'}, this side knows "
+            f"{COMPRESSION_VERSION}"
+        )
+    return name
+
+
+def default_label(context: Context) -> str:
+    """Return "partition 0007" if the node has a partition id, else "node" and the node id."""
+    partition = context.node_config.get("partition-id")
+    if partition is None:
+        return f"node {context.node_id}"
+    return f"partition {int(partition):04d}"
+
+
+def label_record(label: str) -> ConfigRecord:
+    """Return the record in which a reply carries its client's label."""
+    return ConfigRecord({LABEL: label})
+
+
+def label_of(reply: Message) -> str | None:
+    """Return the label in a reply, or None if there is none."""
+    if reply.has_error():
+        return None
+    record = reply.content.config_records.get(CLIENT)
+    label = None if record is None else record.get(LABEL)
+    return label if isinstance(label, str) else None
+
+
+def config_of(message: Message) -> ConfigRecord:
+    """Return the server's config in a message. A message without one has an empty config."""
+    return next(iter(message.content.config_records.values()), ConfigRecord())

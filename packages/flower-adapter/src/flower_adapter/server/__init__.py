@@ -1,0 +1,1 @@
+"""The server: the loop over rounds and the parts that it calls."""

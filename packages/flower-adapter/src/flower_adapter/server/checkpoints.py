@@ -1,0 +1,331 @@
+"""Checkpoints of a run on the server: one directory for each round, complete or absent.
+
+    <directory>/round-000004/arrays.safetensors   the global arrays, for anyone to read
+                             state.safetensors    states, random states and records so far
+                             round.json           the run and the record of the round
+
+Files are written in a directory beside their place, synced, and moved into place with one rename.
+Nothing is pickled.
+"""
+
+import json
+import logging
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from flwr.app import ArrayRecord
+
+from flower_adapter.arrays.convert import describe
+from flower_adapter.packing import pack, read_file, sync, unpack, write_file
+from flower_adapter.server.record import RoundRecord
+
+FORMAT = 2
+_NAME = re.compile(r"round-(\d{6,})")
+
+logger = logging.getLogger("flwr")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or does not fit. The text names the file and the fault."""
+
+
+@dataclass
+class Checkpoint:
+    """Everything that a run needs to go on after a round as if it had never stopped."""
+
+    run: str  # id of the first attempt, the same after each resume
+    attempts: list[str]  # "4:1f0c…" for each resume: the round before it, and an id
+    server_round: int
+    arrays: ArrayRecord
+    model: dict[str, str]  # dtype and shape of each initial array
+    states: dict[str, Any] = field(default_factory=dict)  # of strategy, compression and so on
+    failed_rounds: dict[str, int] = field(default_factory=dict)  # in a row, by phase
+    random_states: dict[str, Any] = field(default_factory=dict)
+    records: list[RoundRecord] = field(default_factory=list)  # of rounds 0 to `server_round`
+
+
+class Checkpoints:
+    """Write a checkpoint to `directory` after every round, and find the one to resume.
+
+    The last `keep` checkpoints stay, and the best one. Only one process at a time can write into a
+    directory.
+
+    Args:
+        directory: is made if it does not exist. It holds nothing but checkpoints.
+        keep: how many of the last checkpoints stay, at least 1.
+        best: a metric of the server's evaluation, else of the clients'. The checkpoint with its
+            lowest value stays as well.
+        highest_is_best: keep the one with the highest value instead.
+        resume: True to go on after the newest checkpoint in `directory`, or a path to go on after
+            that checkpoint, or after the newest one in that directory. If there is no checkpoint
+            yet, the run starts at round 1. False starts a new run, and a directory that holds
+            checkpoints is refused.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int = 3,
+        best: str | None = None,
+        highest_is_best: bool = False,
+        resume: bool | str | Path = False,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep is {keep}, should be at least 1")
+        self.directory = Path(directory).expanduser().absolute()
+        self.keep = keep
+        self.best = best
+        self.highest_is_best = highest_is_best
+        self.resume: Path | None = None
+        if resume:
+            self.resume = self.directory if resume is True else Path(resume).expanduser().absolute()
+
+    def __repr__(self) -> str:
+        return f"Checkpoints({str(self.directory)!r}, keep={self.keep})"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the directory, and refuse any other run in it until the end.
+
+        Raises:
+            CheckpointError: another run uses the directory.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        # The lock file stands beside the directory. The lock of a killed process ends with it.
+        lock = FileLock(self.directory.with_name(f".{self.directory.name}.lock"), blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise CheckpointError(f"{self.directory} is in use by another run") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def find(self, initial_arrays: ArrayRecord) -> Checkpoint | None:
+        """Return the checkpoint to go on from, or None to start at round 1.
+
+        Raises:
+            CheckpointError: the directory holds checkpoints that the run would overwrite, or the
+                checkpoint is damaged or belongs to another model.
+            FileNotFoundError: the path to resume does not exist.
+        """
+        _remove_leftovers(self.directory)
+        here = list_checkpoints(self.directory)
+        if self.resume is None:
+            if here:
+                raise CheckpointError(
+                    f"{self.directory} holds checkpoints up to round {round_of(here[-1])}; use "
+                    "another directory, or resume this run"
+                )
+            return None
+        if self.resume.is_dir() and not here and not _is_checkpoint_or_holds_one(self.resume):
+            logger.warning("%s holds no checkpoint yet: starting at round 1", self.resume)
+            return None
+        path = find_checkpoint(self.resume)
+        if here and not path.samefile(here[-1]):
+            raise CheckpointError(
+                f"{self.directory} holds checkpoints up to round {round_of(here[-1])}, which a "
+                f"resume from {path} (round {round_of(path)}) would overwrite; use another "
+                "directory"
+            )
+        checkpoint = read_checkpoint(path)
+        _require_same_model(checkpoint, initial_arrays)
+        # Each attempt has an id: one that is cut off early leaves no checkpoint.
+        checkpoint.attempts.append(f"{checkpoint.server_round}:{uuid4().hex}")
+        return checkpoint
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, and remove those that are no longer to be kept."""
+        write_checkpoint(self.directory, checkpoint)
+        best = self._best(checkpoint.records)
+        for path in list_checkpoints(self.directory)[: -self.keep]:
+            if round_of(path) != best:
+                _remove_checkpoint(path)
+
+    def _best(self, records: list[RoundRecord]) -> int | None:
+        """Return the round with the best metric. The first of equals is the best."""
+        if self.best is None:
+            return None
+        values = {record.server_round: record.metric(self.best) for record in records}
+        found = {r: value for r, value in values.items() if value is not None and value == value}
+        if not found:
+            return None
+        return (max if self.highest_is_best else min)(found, key=found.__getitem__)
+
+
+def new_checkpoint(run: str, initial_arrays: ArrayRecord) -> Checkpoint:
+    """Return the state of a run that has not begun."""
+    model = {name: describe(array) for name, array in initial_arrays.items()}
+    return Checkpoint(run=run, attempts=[], server_round=0, arrays=initial_arrays, model=model)
+
+
+def list_checkpoints(directory: str | Path) -> list[Path]:
+    """Return the checkpoints in a directory, oldest first."""
+    found = [path for path in Path(directory).iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=round_of)
+
+
+def round_of(path: Path) -> int:
+    """Return the round of a checkpoint, from its name."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path} is no checkpoint: its name should be like round-000004")
+    return int(match[1])
+
+
+def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint atomically. It replaces one of the same round.
+
+    Raises:
+        TypeError: a state cannot be saved. The text gives its path.
+        OSError: the checkpoint cannot be written. The earlier ones stay.
+    """
+    names = list(checkpoint.arrays)
+    state = {name: value for name, value in vars(checkpoint).items() if name != "arrays"}
+    state["records"] = [record.to_dict() for record in checkpoint.records]
+    structure, arrays = pack(state, "checkpoint")
+    place = directory / f"round-{checkpoint.server_round:06d}"
+    partial = directory / f".{place.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_file(partial / "arrays.safetensors", json.dumps(names), checkpoint.arrays)
+    write_file(partial / "state.safetensors", structure, arrays)
+    summary = partial / "round.json"
+    text = json.dumps(_summary(checkpoint), indent=2, allow_nan=False)
+    summary.write_text(text + "\n", encoding="utf-8")
+    sync(summary)
+    sync(partial)
+    if place.exists():
+        _remove_checkpoint(place)
+    partial.rename(place)
+    sync(directory)
+    return place
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint, given its own path or a directory that holds checkpoints.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        CheckpointError: the checkpoint is damaged or has another format.
+    """
+    path = find_checkpoint(path)
+    try:
+        summary = json.loads((path / "round.json").read_text(encoding="utf-8"))
+        if summary.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {summary.get('format')!r}, should have format {FORMAT}"
+            )
+        names, arrays = read_file(path / "arrays.safetensors")
+        state = unpack(*read_file(path / "state.safetensors"))
+        state["records"] = [RoundRecord.from_dict(fields) for fields in state["records"]]
+        record = ArrayRecord({name: arrays[name] for name in json.loads(names)})
+        return Checkpoint(arrays=record, **state)
+    except CheckpointError:
+        raise
+    except (FileNotFoundError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}; the run can resume from another checkpoint into another "
+            "directory"
+        ) from error
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return `path` if it is a checkpoint, else the newest checkpoint in it.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    path = Path(path)
+    if _NAME.fullmatch(path.name):
+        if not path.is_dir():
+            raise FileNotFoundError(f"there is no checkpoint {path}")
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no directory {path}")
+    found = list_checkpoints(path)
+    if not found:
+        raise FileNotFoundError(f"{path} holds no checkpoint")
+    return found[-1]
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of the global random generators of Python, numpy and torch."""
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return {
+        "random": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if has_cuda else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Set the states that `random_states` returned."""
+    random.setstate(states["random"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        if torch.cuda.is_available() and torch.cuda.device_count() == len(states["cuda"]):
+            torch.cuda.set_rng_state_all(states["cuda"])
+        else:
+            count = len(states["cuda"])
+            logger.warning("the checkpoint has random states of %d GPUs, which are unused", count)
+
+
+def _is_checkpoint_or_holds_one(path: Path) -> bool:
+    return bool(_NAME.fullmatch(path.name)) or bool(list_checkpoints(path))
+
+
+def _require_same_model(checkpoint: Checkpoint, initial_arrays: ArrayRecord) -> None:
+    saved = checkpoint.model
+    here = {name: describe(array) for name, array in initial_arrays.items()}
+    faults = [
+        f"{name} was {saved.get(name, 'not there')}, is {here.get(name, 'not there')}"
+        for name in {**saved, **here}
+        if saved.get(name) != here.get(name)
+    ]
+    if faults:
+        raise CheckpointError(f"the run had another model: {'; '.join(faults)}")
+
+
+def _remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint. It is renamed first, so that no part of it can pass for a whole."""
+    hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove the parts that a killed process left while it wrote or removed checkpoints."""
+    for path in directory.glob(".round-*"):
+        if path.suffix in (".partial", ".removed"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    record = checkpoint.records[-1].to_dict()
+    del record["arrays"]
+    return {"format": FORMAT, "run": checkpoint.run, **_printable(record)}
+
+
+def _printable(value: Any) -> Any:
+    """Return a value as JSON can hold it: NaN and Inf become text."""
+    if isinstance(value, dict):
+        return {name: _printable(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value

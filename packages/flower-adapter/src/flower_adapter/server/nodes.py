@@ -1,0 +1,107 @@
+"""Choose the nodes of a round, under a seed, in the order of their labels."""
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from flower_adapter import protocol
+from flower_adapter.server.replies import receive
+
+LABEL_TIMEOUT = 600.0  # seconds
+
+logger = logging.getLogger("flwr")
+
+Configure = Callable[[Grid], Iterable[Message]]
+
+
+class Nodes:
+    """The labels of a run's nodes, and a choice among the nodes that a seed decides.
+
+    Flower gives nodes new random ids in every run, and samples them with Python's global, unseeded
+    generator. The clients of `torch_client_app` have a label that is the same in every run. Nodes
+    are therefore sorted by label before the strategy samples, and replies before it averages.
+    Nodes without a label come last, by id.
+    """
+
+    def __init__(self, grid: Grid, seed: int | None) -> None:
+        self._grid = grid
+        self._seed = seed
+        self._labels: dict[int, str | None] = {}
+
+    def label(self, node: int) -> str | None:
+        """Return the label of a node, or None if the node has not told one."""
+        return self._labels.get(node)
+
+    def order(self, node: int) -> tuple[bool, str, int]:
+        """Return the key that sorts nodes by label."""
+        label = self._labels.get(node)
+        return label is None, label or "", node
+
+    def learn(self, labels: Mapping[int, str | None]) -> None:
+        """Take the labels in the replies of one phase, and warn if the order depends on ids."""
+        self._labels.update({node: label for node, label in labels.items() if label is not None})
+        if self._seed is not None and len(labels) > 1:
+            _warn_of_missing_labels(labels)
+
+    def choose(self, configure: Configure, name: str) -> list[Message]:
+        """Let the strategy choose nodes, and return its messages.
+
+        Python's global generator is seeded from the seed and `name` and then restored. If the
+        strategy leaves out nodes, it needs their labels first. Each node is asked once, and the
+        strategy chooses again.
+        """
+        if self._seed is None:
+            return list(configure(self._grid))
+        messages = self._seeded(configure, name)
+        chosen = {message.metadata.dst_node_id for message in messages}
+        nodes = set(self._grid.get_node_ids())
+        unknown = nodes - self._labels.keys()
+        if chosen and unknown and nodes - chosen:
+            self._ask(sorted(unknown))
+            messages = self._seeded(configure, name)
+        return messages
+
+    def _seeded(self, configure: Configure, name: str) -> list[Message]:
+        state = random.getstate()
+        random.seed(f"{self._seed}-{name}")
+        try:
+            return list(configure(cast(Grid, _SortedGrid(self._grid, self.order))))
+        finally:
+            random.setstate(state)
+
+    def _ask(self, nodes: list[int]) -> None:
+        queries = [Message(RecordDict(), node, protocol.LABEL_QUERY) for node in nodes]
+        self._labels.update(dict.fromkeys(nodes))
+        replies = receive(self._grid, queries, LABEL_TIMEOUT)
+        self.learn({reply.metadata.src_node_id: protocol.label_of(reply) for reply in replies})
+
+
+def _warn_of_missing_labels(labels: Mapping[int, str | None]) -> None:
+    unlabelled = sorted(node for node, label in labels.items() if label is None)
+    if unlabelled:
+        logger.warning("no label from nodes %s: their order is not reproducible", unlabelled)
+    for label, count in Counter(labels.values()).items():
+        if label is not None and count > 1:
+            logger.warning("%d nodes share the label %r: not reproducible", count, label)
+
+
+class _SortedGrid:
+    """A grid that lists its nodes in a given order."""
+
+    def __init__(self, grid: Grid, key: Callable[[int], Any]) -> None:
+        self._grid = grid
+        self._key = key
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return sorted(self._grid.get_node_ids(), key=self._key)
+
+    def get_nodes(self) -> Iterable[Any]:
+        return sorted(self._grid.get_nodes(), key=lambda node: self._key(node.node_id))

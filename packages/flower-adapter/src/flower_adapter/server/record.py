@@ -1,0 +1,97 @@
+"""The record of a round: everything that a display needs to know about it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from flwr.app import ArrayRecord
+
+Metrics = dict[str, Any]  # numbers, or lists of numbers, by name
+
+
+@dataclass
+class ClientRecord:
+    """What one client did in one phase of a round."""
+
+    node: int
+    label: str | None
+    metrics: Metrics
+    update_norm: float  # L2 norm of its update; 0 in an evaluation
+    bytes_sent: int  # of the arrays to the client
+    bytes_received: int  # of the arrays from it
+    seconds: float  # from the server's sending to the arrival of the reply
+
+
+@dataclass
+class LeftOut:
+    """A client whose reply did not count, or did not arrive."""
+
+    phase: str  # "train" or "evaluate"
+    node: int
+    label: str | None
+    reason: str
+
+
+@dataclass
+class RoundRecord:
+    """One round.
+
+    Round 0 is the evaluation of the initial arrays on the server. Metrics are None if the strategy
+    or the function that makes them gave none, and in a phase that failed.
+    """
+
+    server_round: int
+    train_metrics: Metrics | None = None  # the clients', aggregated by the strategy
+    evaluate_metrics: Metrics | None = None  # the clients', aggregated by the strategy
+    server_metrics: Metrics | None = None  # of the server's own evaluation
+    train_clients: list[ClientRecord] = field(default_factory=list)  # whose updates were averaged
+    evaluate_clients: list[ClientRecord] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)  # a sentence for each phase that failed
+    bytes_sent: int = 0  # of all arrays to clients
+    bytes_received: int = 0  # of all arrays from clients, also of those left out
+    seconds: dict[str, float] = field(default_factory=dict)  # by part of the round
+    arrays: ArrayRecord | None = None  # the global arrays after the round, see `run_rounds`
+
+    def metric(self, name: str) -> float | None:
+        """Return a metric of the server's evaluation, else of the clients' evaluation."""
+        for metrics in (self.server_metrics, self.evaluate_metrics):
+            value = (metrics or {}).get(name)
+            if isinstance(value, int | float):
+                return float(value)
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as nested dicts, without its arrays."""
+        fields = vars(self) | {"arrays": None}
+        return asdict(RoundRecord(**fields))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Return the record that `to_dict` turned into dicts."""
+        clients = ("train_clients", "evaluate_clients")
+        rebuilt = {name: [ClientRecord(**client) for client in fields[name]] for name in clients}
+        left_out = [LeftOut(**client) for client in fields["left_out"]]
+        return cls(**{**fields, **rebuilt, "left_out": left_out})
+
+
+class RoundFailed(RuntimeError):
+    """Too many rounds in a row had fewer good replies than they need.
+
+    Attributes:
+        phase: "train" or "evaluate".
+        server_round: the round, from 1.
+        reason: how many good replies there were and how many the round needs.
+        left_out: each client without a good reply, with the reason.
+    """
+
+    def __init__(self, phase: str, server_round: int, reason: str, left_out: list[LeftOut]) -> None:
+        super().__init__(phase, server_round, reason, left_out)
+        self.phase = phase
+        self.server_round = server_round
+        self.reason = reason
+        self.left_out = left_out
+
+    def __str__(self) -> str:
+        lines = [f"  node {client.node}: {client.reason}" for client in self.left_out]
+        return "\n".join([f"{self.phase} round {self.server_round}: {self.reason}", *lines])

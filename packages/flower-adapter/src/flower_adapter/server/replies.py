@@ -1,0 +1,127 @@
+"""Receive replies one by one, and keep them as they came, in memory up to a budget."""
+
+import copy
+import os
+import time
+from collections.abc import Iterable, Iterator
+from tempfile import TemporaryFile
+from typing import IO, Self
+
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+SHORTEST_WAIT, LONGEST_WAIT = 0.05, 1.0  # seconds between two looks for replies
+
+
+def receive(grid: Grid, messages: Iterable[Message], timeout: float | None) -> Iterator[Message]:
+    """Send the messages, and yield each reply when it arrives, until `timeout` seconds have passed.
+
+    Replies are pulled one at a time, so the caller decides how many are in memory.
+    """
+    pending = list(grid.push_messages(messages))
+    deadline = float("inf") if timeout is None else time.monotonic() + timeout
+    wait = SHORTEST_WAIT
+    while pending:
+        # Read before the look for replies: what came in time is found, however slow the caller is.
+        is_late = time.monotonic() >= deadline
+        found = False
+        for message_id in list(pending):
+            replies = list(grid.pull_messages([message_id]))
+            if replies:
+                pending.remove(message_id)
+                found = True
+            while replies:
+                yield replies.pop()  # the list must not keep the reply in memory
+        if is_late:
+            return
+        wait = SHORTEST_WAIT if found else min(2 * wait, LONGEST_WAIT)
+        if pending:
+            time.sleep(max(0.0, min(wait, deadline - time.monotonic())))
+
+
+class KeptReply:
+    """A reply whose arrays are kept elsewhere, encoded as they came."""
+
+    def __init__(self, message: Message, arrays: "dict[str, _InMemory | _InFile]") -> None:
+        self._message = message  # without its arrays
+        self._arrays = arrays
+
+    def load(self) -> Message:
+        """Return the reply with its arrays. The caller may change it."""
+        reply = copy.copy(self._message)
+        arrays = {key: kept.load() for key, kept in self._arrays.items()}
+        reply.content = RecordDict({**self._message.content, **arrays})
+        return reply
+
+
+class ReplyStore:
+    """Keeps the arrays of replies, in memory up to a budget. It is a context manager.
+
+    The first arrays stay in memory until they take `memory` bytes. Further arrays go to a temporary
+    file, which is deleted at the end.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self._free = memory
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def keep(self, reply: Message) -> KeptReply:
+        """Move the arrays of a reply into the store."""
+        records = {k: r for k, r in reply.content.items() if isinstance(r, ArrayRecord)}
+        arrays = {key: self._store(record) for key, record in records.items()}
+        # A new content: Flower's typed views of the old one can keep its arrays in memory.
+        rest = {key: record for key, record in reply.content.items() if key not in records}
+        reply.content = RecordDict(rest)
+        return KeptReply(reply, arrays)
+
+    def _store(self, record: ArrayRecord) -> "_InMemory | _InFile":
+        size = num_bytes(record)
+        if size <= self._free:
+            self._free -= size
+            return _InMemory(record)
+        if self._file is None:
+            self._file = TemporaryFile()  # noqa: SIM115, closed in __exit__
+        start = self._file.seek(0, os.SEEK_END)
+        layout = [(n, a.dtype, tuple(a.shape), a.stype, len(a.data)) for n, a in record.items()]
+        for array in record.values():
+            self._file.write(array.data)
+        record.clear()
+        return _InFile(self._file, start, layout)
+
+
+class _InMemory:
+    def __init__(self, record: ArrayRecord) -> None:
+        self._record = record
+
+    def load(self) -> ArrayRecord:
+        return ArrayRecord(dict(self._record))  # a new record with the same arrays
+
+
+class _InFile:
+    def __init__(
+        self, file: IO[bytes], start: int, arrays: list[tuple[str, str, tuple[int, ...], str, int]]
+    ) -> None:
+        self._file = file
+        self._start = start
+        self._arrays = arrays  # name, dtype, shape, stype and size in bytes, in the file's order
+
+    def load(self) -> ArrayRecord:
+        self._file.seek(self._start)
+        return ArrayRecord(
+            {
+                name: Array(dtype, shape, stype, self._file.read(size))
+                for name, dtype, shape, stype, size in self._arrays
+            }
+        )
+
+
+def num_bytes(arrays: ArrayRecord) -> int:
+    """Return the bytes of the arrays as they travel."""
+    return sum(len(array.data) for array in arrays.values())

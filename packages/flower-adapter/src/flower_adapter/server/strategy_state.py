@@ -1,0 +1,103 @@
+"""The state that a strategy keeps from round to round, for checkpoints."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from flwr.serverapp import strategy as flower
+
+from flower_adapter import protocol
+from flower_adapter.server.streaming import StreamingFedAvg
+
+# The attributes that change from round to round, for each strategy of Flower 1.41. Attributes that
+# `configure_train` sets anew in every round are not among them.
+STATE_ATTRIBUTES: dict[type, tuple[str, ...]] = {
+    StreamingFedAvg: (),
+    flower.FedAvg: (),
+    flower.FedAvgM: ("current_arrays", "momentum_vector"),
+    flower.FedAdam: ("m_t", "v_t"),
+    flower.FedAdagrad: ("m_t", "v_t"),
+    flower.FedYogi: ("m_t", "v_t"),
+    flower.FedProx: (),
+    flower.FedMedian: (),
+    flower.FedTrimmedAvg: (),
+    flower.Krum: (),
+    flower.MultiKrum: (),
+    flower.Bulyan: (),
+    flower.QFedAvg: (),
+    flower.FedXgbBagging: (),
+    flower.FedXgbCyclic: ("registered_nodes",),
+    flower.DifferentialPrivacyServerSideFixedClipping: (),
+    flower.DifferentialPrivacyClientSideFixedClipping: (),
+    flower.DifferentialPrivacyServerSideAdaptiveClipping: ("clipping_norm",),
+    flower.DifferentialPrivacyClientSideAdaptiveClipping: ("clipping_norm",),
+}
+
+
+def with_inner(strategy: object) -> Iterator[object]:
+    """Yield a strategy and those that it wraps, as Flower's wrappers for privacy do."""
+    inner: object = strategy
+    while inner is not None:
+        yield inner
+        inner = getattr(inner, "strategy", None)
+
+
+def weight_key(strategy: object) -> str:
+    """Return the metric that the strategy, or the innermost one it wraps, weights replies by."""
+    for inner in with_inner(strategy):
+        key = getattr(inner, "weighted_by_key", None)
+        if isinstance(key, str):
+            return key
+    return protocol.NUM_EXAMPLES
+
+
+def strategy_state(strategy: object) -> list[list[Any]]:
+    """Return class name and state of a strategy and of each strategy that it wraps.
+
+    Raises:
+        TypeError: a strategy is not one of Flower's and has no `state_dict`, so its state cannot be
+            known.
+    """
+    return [[type(inner).__name__, _state(inner)] for inner in with_inner(strategy)]
+
+
+def load_strategy_state(strategy: object, state: list[list[Any]]) -> None:
+    """Load a state that `strategy_state` returned.
+
+    Raises:
+        ValueError: the state belongs to other strategies.
+    """
+    saved = [name for name, _ in state]
+    here = [type(inner).__name__ for inner in with_inner(strategy)]
+    if saved != here:
+        raise ValueError(f"the run had the strategy {_nested(saved)}, this is {_nested(here)}")
+    for inner, (_, values) in zip(with_inner(strategy), state, strict=True):
+        if _keeps_own_state(inner):
+            inner.load_state_dict(values)  # type: ignore[attr-defined]
+        else:
+            vars(inner).update(values)
+
+
+def _state(strategy: object) -> Any:
+    if _keeps_own_state(strategy):
+        return strategy.state_dict()  # type: ignore[attr-defined]
+    name = type(strategy).__name__
+    if type(strategy) not in STATE_ATTRIBUTES:
+        raise TypeError(
+            f"{name} is not a strategy of Flower, so checkpoints need its methods state_dict and "
+            "load_state_dict"
+        )
+    if getattr(strategy, "accountant", None) is not None:
+        raise TypeError(f"{name} has an accountant, whose state cannot be saved in a checkpoint")
+    return {
+        attribute: getattr(strategy, attribute) for attribute in STATE_ATTRIBUTES[type(strategy)]
+    }
+
+
+def _keeps_own_state(strategy: object) -> bool:
+    return all(
+        callable(getattr(strategy, name, None)) for name in ("state_dict", "load_state_dict")
+    )
+
+
+def _nested(names: list[str]) -> str:
+    return "(".join(names) + ")" * (len(names) - 1)

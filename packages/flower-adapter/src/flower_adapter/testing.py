@@ -1,0 +1,129 @@
+"""A federation in one process, to test a ClientApp and a strategy in milliseconds.
+
+    from flower_adapter import run_rounds, to_arrays, torch_client_app
+    from flower_adapter.testing import LocalGrid
+
+    grid = LocalGrid(torch_client_app(build_model, train), num_nodes=3)
+    result = run_rounds(grid, FedAvg(fraction_evaluate=0.0), to_arrays(model), num_rounds=2)
+
+No process, port or serialization of Flower is involved, so an error in a client's code shows with
+its own traceback.
+"""
+
+import random
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from flower_adapter._flwr import ErrorCode, Run, TaskIdentity
+
+
+class LocalGrid(Grid):
+    """A grid that runs a ClientApp for each message, in this process.
+
+    Like Flower's simulation it gives each node a random id, the node config "partition-id" and
+    "num-partitions", and a context that lasts as long as the grid. Replies come in random order. A
+    ValueError of the ClientApp becomes an error reply with the text of Flower's deployment. Any
+    other exception is raised to the test.
+
+    Flower only lets the process of a ServerApp make messages, so the first grid gives this process
+    such an identity.
+
+    Args:
+        client_app: the ClientApp of every node.
+        num_nodes: number of nodes.
+        run_config: the run config in each node's context.
+        node_config: values for the node config of every node, beside the two above.
+        seed: decides the ids of the nodes and the order of the replies.
+        run_id: id of the run.
+
+    Attributes:
+        contexts: the context of each node, by node id.
+        sent: every message, in the order of sending.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_nodes: int,
+        *,
+        run_config: Mapping[str, Any] | None = None,
+        node_config: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        run_id: int = 1,
+    ) -> None:
+        if TaskIdentity._run_id is None:
+            TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = 1
+        self.client_app = client_app
+        self.run_id = run_id
+        self.sent: list[Message] = []
+        self._chance = random.Random(seed)
+        self._replies: dict[str, Message] = {}  # by id of the message
+        self.contexts = {
+            node: Context(
+                run_id,
+                node,
+                {**(node_config or {}), "partition-id": partition, "num-partitions": num_nodes},
+                RecordDict(),
+                dict(run_config or {}),
+            )
+            for partition, node in enumerate(self._chance.sample(range(1, 10**6), num_nodes))
+        }
+
+    def partition(self, node: int) -> int:
+        """Return the partition id of a node."""
+        return int(self.contexts[node].node_config["partition-id"])
+
+    def node(self, partition: int) -> int:
+        """Return the id of the node with this partition id."""
+        return next(node for node in self.contexts if self.partition(node) == partition)
+
+    def sent_of_type(self, message_type: str) -> list[Message]:
+        """Return the messages of one type, such as "train", in the order of sending."""
+        return [m for m in self.sent if m.metadata.message_type == message_type]
+
+    def reply(self, message: Message) -> Message:
+        """Return the reply to one message. A subclass may change either."""
+        try:
+            return self.client_app(message, self.contexts[message.metadata.dst_node_id])
+        except ValueError as error:
+            reason = f"{type(error)}:<'{error}'>"
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return sorted(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        replies = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            # A strategy gives one content to all messages. Each client gets its own copy.
+            message.content = RecordDict(dict(message.content))
+            self.sent.append(message)
+            replies.append(self.reply(message))
+        self._chance.shuffle(replies)
+        self._replies = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        return list(self._replies)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(message_id) for message_id in list(message_ids)]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        return self.pull_messages(self.push_messages(messages))
+
+    @property
+    def run(self) -> Run:
+        return SimpleNamespace(run_id=self.run_id)  # type: ignore[return-value]
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError

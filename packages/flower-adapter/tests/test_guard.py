@@ -1,0 +1,195 @@
+import re
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import MetricRecord, RecordDict
+from grids import BAD_REPLIES, GLOBAL, good, moved, record, with_arrays, with_metrics, without
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flower_adapter import Guard
+
+SENT = record(**GLOBAL)
+
+
+def check(reply: RecordDict, weight_key: str = "num-examples") -> float:
+    return Guard().check(reply, weight_key, SENT)
+
+
+def left_out(*norms: float, **settings: Any) -> set[int]:
+    return set(Guard(**settings).outliers(norms))
+
+
+@pytest.mark.parametrize("kind", BAD_REPLIES)
+def test_a_bad_train_reply_is_refused_with_the_reason(kind: str) -> None:
+    reply, reason = BAD_REPLIES[kind]
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        check(reply)
+
+
+def test_every_fault_of_the_arrays_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"^n is missing; w is float64 \(1,\), .*; x was not sent$"
+    ):
+        check(RecordDict({**good(), "arrays": record(w=np.zeros(1), x=np.ones(1))}))
+
+
+def test_the_norm_of_an_update_is_that_of_numpy_over_all_floats() -> None:
+    chance = np.random.default_rng(1)
+    sent = {
+        "a": chance.normal(size=(3, 4)).astype(np.float32),
+        "b": chance.normal(size=5),
+        "c": (chance.normal(size=2) + 1j * chance.normal(size=2)).astype(np.complex64),
+        "n": np.array(3),
+        "on": np.array([True, False]),
+    }
+    trained = {name: array + np.asarray(2, array.dtype) for name, array in sent.items()}
+    trained["a"] = np.asfortranarray(trained["a"])
+    trained["on"] = np.array([True, True])
+    changes = [(trained[name] - sent[name]).ravel() for name in "abc"]
+    reply = RecordDict({**good(), "arrays": record(**trained)})
+    norm = Guard().check(reply, "num-examples", record(**sent))
+    assert norm == pytest.approx(np.linalg.norm(np.concatenate(changes)), rel=1e-6)
+
+
+def test_an_update_too_long_for_a_square_in_single_precision_has_its_norm() -> None:
+    assert check(moved(3e30)) == pytest.approx(3e30, rel=1e-6)
+
+
+def test_the_weight_is_the_one_under_the_strategys_key() -> None:
+    tokens = with_metrics(tokens=5)
+    assert check(tokens, "tokens") == check(good()) == pytest.approx(np.sqrt(2))
+    with pytest.raises(ValueError, match="tokens is missing"):
+        check(good(), "tokens")
+
+
+@pytest.mark.parametrize(
+    "kind", ["no metrics", "no weight", "weight zero", "metric nan", "metric list with inf"]
+)
+def test_a_bad_evaluate_reply_is_refused_with_the_reason(kind: str) -> None:
+    reply, reason = BAD_REPLIES[kind]
+    without_arrays = RecordDict({k: r for k, r in reply.items() if k != "arrays"})
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        Guard().check(without_arrays, "num-examples", None)
+
+
+def test_an_evaluate_reply_needs_no_arrays_and_has_norm_zero() -> None:
+    metrics = MetricRecord({"num-examples": 1, "loss": 0.5})
+    assert Guard().check(RecordDict({"metrics": metrics}), "num-examples", None) == 0.0
+
+
+def test_a_check_does_not_change_the_reply() -> None:
+    reply, same = good(), good()
+    check(reply)
+    assert reply == same
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"min_replies": 0}, "min_replies is 0, should be a whole number of at least 1"),
+        ({"min_replies": -1}, "min_replies is -1"),
+        ({"min_replies": 1.5}, "min_replies is 1.5"),
+        ({"min_replies": True}, "min_replies is True"),
+        (
+            {"max_failed_rounds": 0},
+            "max_failed_rounds is 0, should be a whole number of at least 1",
+        ),
+        ({"max_norm_ratio": 1.0}, "max_norm_ratio is 1.0, should be above 1, or None"),
+        ({"max_norm_ratio": float("nan")}, "max_norm_ratio is nan"),
+    ],
+)
+def test_a_guard_needs_sensible_numbers(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Guard(**arguments)
+
+
+def test_a_guard_is_its_settings_and_nothing_else() -> None:
+    guard = Guard(min_replies=2)
+    guard.outliers([1.0, 1.0, 1e6])
+    with pytest.raises(ValueError, match="holds 0"):
+        guard.check(without("metrics"), "tokens", SENT)
+    assert guard == Guard(min_replies=2)
+    with pytest.raises(FrozenInstanceError):
+        guard.min_replies = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("place", range(7))
+def test_an_update_a_thousand_times_the_others_is_an_outlier_wherever_it_stands(
+    place: int,
+) -> None:
+    norms = [1.0] * 7
+    norms[place] = 1000.0
+    assert Guard().outliers(norms) == {
+        place: "its update has norm 1000, should be at most 100 times 1, the median of the others"
+    }
+
+
+@pytest.mark.parametrize("norms", [(1.0, 1000.0), (1e-3, 1.0), (0.0, 1.0)])
+def test_of_two_updates_none_is_an_outlier(norms: tuple[float, ...]) -> None:
+    assert left_out(*norms) == set()
+
+
+@pytest.mark.parametrize("odd", [1e-3, 0.0, 1e3])
+@pytest.mark.parametrize("count", [3, 5, 10])
+def test_one_odd_client_never_costs_another_its_place(count: int, odd: float) -> None:
+    assert left_out(odd, *[1.0] * (count - 1)) == ({0} if odd > 1 else set())
+
+
+@pytest.mark.parametrize("norms", [(1.0, 10.0), (1.0, 1.0, 10.0), (10.0, 1.0, 3.0, 0.1, 1.0)])
+def test_honest_updates_of_ten_times_the_norm_stay(norms: tuple[float, ...]) -> None:
+    assert left_out(*norms) == set()
+
+
+def test_the_limit_is_the_ratio_and_none_lets_every_norm_pass() -> None:
+    norms = (1.0, 1.0, 50.0, 1e6)
+    assert left_out(*norms, max_norm_ratio=None) == set()
+    assert left_out(*norms, max_norm_ratio=1e7) == set()
+    assert left_out(*norms) == {3}
+    assert left_out(*norms, max_norm_ratio=49.0) == {2, 3}
+    assert left_out(*norms, max_norm_ratio=50.0) == {3}
+
+
+def test_clients_that_did_not_move_are_not_counted_in_the_median() -> None:
+    assert left_out(0.0, 0.0, 1.0) == set()
+    assert left_out(1e6, *[0.0] * 6, 1.0, 1.0, 1.0) == {0}
+
+
+def test_a_client_alone_may_move_by_any_length() -> None:
+    assert left_out(1e9) == set()
+    assert left_out() == set()
+
+
+def test_updates_near_the_largest_floats_are_compared_too() -> None:
+    assert left_out(1.0, 1.0, 3e30) == {2}
+    assert left_out(1e30, 1e30, 3e30) == set()
+
+
+@pytest.mark.parametrize("places", [(0, 1, 2), (47, 48, 49), (24, 25, 26), (0, 25, 49)])
+def test_three_of_fifty_far_too_long_updates_are_outliers_and_no_other_is(
+    places: tuple[int, ...],
+) -> None:
+    norms = np.random.default_rng(0).uniform(0.5, 2.0, 50)
+    norms[list(places)] *= 1e6
+    assert left_out(*norms) == set(places)
+
+
+@given(st.lists(st.sampled_from([0.0, 1e-3, 1.0, 3.0, 1e3, 1e6]), max_size=9), st.randoms())
+def test_the_order_of_the_norms_does_not_matter(norms: list[float], chance: Any) -> None:
+    order = list(range(len(norms)))
+    chance.shuffle(order)
+    shuffled = left_out(*(norms[index] for index in order))
+    assert {order[index] for index in shuffled} == left_out(*norms)
+
+
+def test_a_round_with_too_few_good_replies_has_failed() -> None:
+    guard = Guard(min_replies=3)
+    assert guard.shortage(2, 4) == "2 good of 4 replies, needs 3"
+    assert guard.shortage(3, 4) is None
+    assert guard.shortage(0, 0) is None  # nobody was asked
+
+
+def test_integers_may_take_any_value() -> None:
+    assert check(with_arrays(n=np.array(2**62))) == 0.0
