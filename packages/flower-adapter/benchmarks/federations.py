@@ -462,18 +462,17 @@ def resume(times: int) -> None:
     with tempfile.TemporaryDirectory() as parent:
         whole = Path(parent) / "whole"
         began, process = time.monotonic(), start(whole)
-        wait_for(whole, 0, process)
-        first = time.monotonic() - began
-        wait_for(whole, ROUNDS, process)
-        round_seconds = (time.monotonic() - began - first) / ROUNDS
+        written = []  # seconds from the start to the checkpoint of each round
+        for server_round in range(ROUNDS + 1):
+            wait_for(whole, server_round, process)
+            written.append(time.monotonic() - began)
         assert process.wait() == 0, (whole / "log").read_text()[-3000:]
         expected = (whole / "result.json").read_text()
-        print(
-            f"first checkpoint after {first:.1f} s, then {round_seconds:.2f} s a round", flush=True
-        )
+        moments = ", ".join(f"{seconds:.1f}" for seconds in written)
+        print(f"checkpoints of rounds 0 to {ROUNDS} after {moments} s", flush=True)
         for number in range(1, times + 1):
             directory = Path(parent) / f"attempt-{number}"
-            when = kill_once(directory, generator, number, first, round_seconds)
+            when = kill_once(directory, generator, number, written)
             kept = newest(directory)
             status = start(directory).wait()
             found = directory / "result.json"
@@ -490,17 +489,11 @@ def resume(times: int) -> None:
 ENDED = "the run had ended before"
 
 
-def kill_once(
-    directory: Path,
-    generator: random.Random,
-    number: int,
-    first: float,
-    round_seconds: float,
-) -> str:
+def kill_once(directory: Path, generator: random.Random, number: int, written: list[float]) -> str:
     """Start a run, kill it at a random moment, and return the moment.
 
     Every third run is killed while it writes a checkpoint, the others before the first checkpoint
-    or during a round.
+    or during a round. `written` holds the moments of the checkpoints of a whole run.
     """
     process = start(directory)
     if number % 3 == 0:
@@ -511,15 +504,13 @@ def kill_once(
         when = f"while it wrote the checkpoint of round {server_round}"
     else:
         server_round = generator.randint(0, ROUNDS)
-        seconds = generator.uniform(0, round_seconds)
         if server_round == 0:
-            seconds = generator.uniform(0.2, 0.9) * first
-            time.sleep(seconds)
-            when = f"{seconds:.1f} s after the start"
+            seconds = generator.uniform(0.2, 0.9) * written[0]
         else:
             wait_for(directory, server_round - 1, process)
-            time.sleep(seconds)
-            when = f"{seconds:.2f} s into round {server_round}"
+            seconds = generator.random() * (written[server_round] - written[server_round - 1])
+        time.sleep(seconds)
+        when = f"{seconds:.2f} s into round {server_round}"
     if process.poll() is not None:
         return ENDED
     process.send_signal(signal.SIGKILL)
@@ -602,6 +593,7 @@ def copy_of(array: Array) -> Array:
 
 def average(averaging: str, codec: str, count: int) -> None:
     """Average `count` replies with ours or with Flower's FedAvg, and print memory and seconds."""
+    torch.set_num_threads(1)  # as many as Flower's average uses
     model, reply = model_and_reply(codec)
     grid = MakingGrid(reply, count)
     before = peak_memory()

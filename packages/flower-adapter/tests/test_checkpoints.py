@@ -94,6 +94,12 @@ def new_model(width: int = 4) -> nn.Module:
     return copy.deepcopy(initial_model(width))  # draws no random numbers
 
 
+@lru_cache
+def shared_model() -> nn.Module:
+    """Return one module for all clients. Each of them loads the global arrays into it."""
+    return new_model()
+
+
 def loss_of(model: nn.Module, partition: int, server_round: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 * partition + server_round)
     x = torch.randn(8, 6, generator=generator)
@@ -134,11 +140,11 @@ def client_app(
 
     if state is not None:
         mods = [DiskState(state), *mods]
-    return torch_client_app(lambda config, context: new_model(), train, evaluate, mods=mods)
+    return torch_client_app(lambda config, context: shared_model(), train, evaluate, mods=mods)
 
 
 def server_loss(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-    model = new_model()
+    model = shared_model()
     load_arrays(model, arrays)
     with torch.no_grad():
         return MetricRecord({"server-loss": loss_of(model, 9, 0).item()})

@@ -254,7 +254,9 @@ def test_a_node_that_errs_is_sent_the_model_whole_the_next_time() -> None:
     assert grid.errors == ["ill"]
 
 
-def test_clients_without_the_mod_count_and_are_sent_whole_models() -> None:
+def test_clients_without_the_mod_count_get_whole_models_and_are_named_once(
+    flower_log: pytest.LogCaptureFixture,
+) -> None:
     with_mod, without = client_app(), client_app(())
 
     class Mixed(Metered):
@@ -270,6 +272,8 @@ def test_clients_without_the_mod_count_and_are_sent_whole_models() -> None:
     assert loss_of(result.arrays) < 0.05 * loss_of(start())
     assert {*grid.bytes_down("train", 1), *grid.bytes_up("train", 1)} == {whole()}
     assert max(grid.bytes_up("train", 0)) < whole()
+    text = f"node {grid.node(1)} sends whole arrays: its ClientApp has no compression_mod"
+    assert flower_log.text.count("no compression_mod") == flower_log.text.count(text) == 1
 
 
 # What is refused
@@ -420,7 +424,7 @@ class Exploding(FedAvg):
 
 
 def test_nan_of_the_server_is_never_sent() -> None:
-    with pytest.raises(RoundFailed, match="the aggregate is unusable: weight holds NaN"):
+    with pytest.raises(RoundFailed, match="the new global arrays are unusable: weight holds NaN"):
         train(metered(), strategy=Exploding(), compression=Compression())
     with pytest.raises(CodecError, match="weight has moved by NaN"):
         train(metered(), strategy=Exploding(), compression=Compression(), guard=None)

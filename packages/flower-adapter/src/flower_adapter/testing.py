@@ -10,6 +10,7 @@ No process, port or serialization of Flower is involved, so an error in a client
 its own traceback.
 """
 
+import copy
 import random
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
@@ -68,7 +69,11 @@ class LocalGrid(Grid):
             node: Context(
                 run_id,
                 node,
-                {**(node_config or {}), "partition-id": partition, "num-partitions": num_nodes},
+                {
+                    **(node_config or {}),
+                    "partition-id": partition,
+                    "num-partitions": num_nodes,
+                },
                 RecordDict(),
                 dict(run_config or {}),
             )
@@ -104,7 +109,8 @@ class LocalGrid(Grid):
             message.metadata.__dict__["_message_id"] = str(uuid4())
             # A strategy gives one content to all messages. Each client gets its own copy.
             message.content = RecordDict(dict(message.content))
-            self.sent.append(message)
+            self.sent.append(copy.copy(message))
+            self.sent[-1].content = RecordDict(dict(message.content))
             replies.append(self.reply(message))
         self._chance.shuffle(replies)
         self._replies = {reply.metadata.reply_to_message_id: reply for reply in replies}

@@ -1,15 +1,18 @@
 """Compress the messages to clients and decode their replies."""
 
+import logging
 from typing import Any
 from uuid import uuid4
 
 from flwr.app import ArrayRecord, ConfigRecord
 
-from flower_adapter import protocol
 from flower_adapter.arrays.codecs import codec
 from flower_adapter.arrays.deltas import decode, encode, same_arrays
+from flower_adapter.protocol import COMPRESSION_VERSION, CompressionHeader
 
 EXACT = "fp32"
+
+logger = logging.getLogger("flwr")
 
 
 class Compression:
@@ -47,8 +50,12 @@ class Compression:
         self._exact = ArrayRecord()  # the server's model
         self._copy = ArrayRecord()  # the model that clients hold
         self._version = ""  # version of the copy
-        self._delta: tuple[str, ArrayRecord] = ("", ArrayRecord())  # its base version, its arrays
+        self._delta: tuple[str, ArrayRecord] = (
+            "",
+            ArrayRecord(),
+        )  # its base version, its arrays
         self._holders: dict[int, str] = {}  # node id and the version that this client holds
+        self._without_mod: set[int] = set()
 
     def encode(self, arrays: ArrayRecord, node: int) -> tuple[ArrayRecord, ConfigRecord]:
         """Return the arrays to send to a node, and the header that describes them.
@@ -68,14 +75,16 @@ class Compression:
             start, payload = version, delta
         else:
             start, payload = "", self._copy
-        header = protocol.CompressionHeader(self.downlink, self.uplink, start, self._version)
+        header = CompressionHeader(self.downlink, self.uplink, start, self._version)
         return payload, header.to_record()
 
     def note_answer(self, node: int, header: object) -> None:
-        """Remember which version of the model a node holds, by the header of its reply."""
-        is_known = isinstance(header, ConfigRecord)
-        if is_known and header.get("format") == protocol.COMPRESSION_VERSION:  # type: ignore[attr-defined]
-            self._holders[node] = str(header.get("version", ""))  # type: ignore[attr-defined]
+        """Remember which version of the model a node holds, from the header of its reply."""
+        if isinstance(header, ConfigRecord) and header.get("format") == COMPRESSION_VERSION:
+            self._holders[node] = str(header.get("version", ""))
+        elif not self.is_exact and node not in self._without_mod:
+            self._without_mod.add(node)
+            logger.warning("node %d sends whole arrays: its ClientApp has no compression_mod", node)
 
     def decode(self, arrays: ArrayRecord) -> ArrayRecord:
         """Return the arrays of a reply, decoded. Arrays that are not compressed stay as they are.

@@ -16,7 +16,7 @@ class ClientRecord:
     node: int
     label: str | None
     metrics: Metrics
-    update_norm: float  # L2 norm of its update; 0 in an evaluation
+    update_norm: float  # L2 norm of its update; 0 in an evaluation and without a guard
     bytes_sent: int  # of the arrays to the client
     bytes_received: int  # of the arrays from it
     seconds: float  # from the server's sending to the arrival of the reply

@@ -2,18 +2,17 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from flower_adapter import protocol
-from flower_adapter.arrays.codecs import CodecError
-from flower_adapter.arrays.convert import narrow_like, widen_integers
-from flower_adapter.arrays.deltas import same_arrays
+from flower_adapter.arrays.convert import narrow_like
 from flower_adapter.server.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -23,22 +22,19 @@ from flower_adapter.server.checkpoints import (
     set_random_states,
 )
 from flower_adapter.server.compression import Compression
+from flower_adapter.server.exchange import EVALUATE, TRAIN, Exchange, GoodReply
 from flower_adapter.server.guard import Guard, not_finite
 from flower_adapter.server.nodes import Nodes
 from flower_adapter.server.outer import OuterOptimizer
-from flower_adapter.server.record import (
-    ClientRecord,
-    LeftOut,
-    Metrics,
-    RoundFailed,
-    RoundRecord,
+from flower_adapter.server.record import Metrics, RoundFailed, RoundRecord
+from flower_adapter.server.replies import ReplyStore
+from flower_adapter.server.strategy_state import (
+    load_strategy_state,
+    strategy_state,
+    weight_key,
 )
-from flower_adapter.server.replies import KeptReply, ReplyStore, num_bytes, receive
-from flower_adapter.server.strategy_state import load_strategy_state, strategy_state, weight_key
 from flower_adapter.server.streaming import StreamingFedAvg
 
-TRAIN, EVALUATE = "train", "evaluate"  # the two phases of a round
-NO_REPLY = "no reply in time"
 DEFAULT_GUARD = Guard()
 
 # Flower's own logger, so that these lines appear among the strategy's.
@@ -115,19 +111,14 @@ def run_rounds(
     for part in (compression, outer):
         if part is not None:
             part.reset()
+    nodes = Nodes(grid, seed)
+    exchange = Exchange(grid, nodes, guard, compression, weight_key(strategy), timeout)
     federation = _Federation(
-        grid=grid,
-        strategy=strategy,
-        nodes=Nodes(grid, seed),
-        guard=guard,
-        compression=compression,
-        outer=outer,
-        num_rounds=num_rounds,
-        timeout=timeout,
-        reply_memory=reply_memory,
+        strategy, nodes, guard, compression, outer, exchange, num_rounds, reply_memory
     )
-    train_config = ConfigRecord() if train_config is None else train_config
-    evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
+    # Copies, because the strategy and the lines below write into them.
+    train_config = ConfigRecord(dict(train_config or {}))
+    evaluate_config = ConfigRecord(dict(evaluate_config or {}))
 
     def finish(state: Checkpoint, record: RoundRecord) -> None:
         state.server_round = record.server_round
@@ -170,78 +161,75 @@ def run_rounds(
 
 @dataclass
 class _Federation:
-    """The parts of a run, and the two phases that call them."""
+    """The parts of a run, and what they do in each phase."""
 
-    grid: Grid
     strategy: Strategy
     nodes: Nodes
     guard: Guard | None
     compression: Compression | None
     outer: OuterOptimizer | None
+    exchange: Exchange
     num_rounds: int
-    timeout: float | None
     reply_memory: int
 
     def train(self, state: Checkpoint, record: RoundRecord, config: ConfigRecord) -> None:
         """Let clients train, and move the global arrays to the aggregate."""
         with ReplyStore(self.reply_memory) as store:
             configure = self.strategy.configure_train
-            replies = self._collect(TRAIN, configure, state, record, config, store)
+            replies = self._replies(TRAIN, configure, state, record, config, store)
             if replies is None:
                 return
+            record.train_clients = [reply.client for reply in replies]
             with _timed(record, "aggregate"):
                 arrays, metrics = self.strategy.aggregate_train(
-                    record.server_round, self._in_memory(replies)
+                    record.server_round, self._for_strategy(replies)
                 )
-                if arrays is not None and self.guard is not None:
-                    arrays = narrow_like(arrays, state.arrays)
-                    if fault := not_finite(arrays):
-                        self._fail(TRAIN, f"the aggregate is unusable: {fault}", state, record)
-                        return
-                if arrays is not None and self.outer is not None:
-                    arrays = self.outer.step(state.arrays, arrays)
+                arrays, fault = self._next_arrays(state.arrays, arrays)
+        if fault:
+            self._fail(TRAIN, f"the new global arrays are unusable: {fault}", state, record)
+            return
         record.train_metrics = _noted(metrics)
         state.failed_rounds[TRAIN] = 0
-        if arrays is not None:
-            state.arrays = arrays
+        state.arrays = arrays
 
     def evaluate(self, state: Checkpoint, record: RoundRecord, config: ConfigRecord) -> None:
         """Let clients evaluate the global arrays."""
         with ReplyStore(self.reply_memory) as store:
             configure = self.strategy.configure_evaluate
-            replies = self._collect(EVALUATE, configure, state, record, config, store)
+            replies = self._replies(EVALUATE, configure, state, record, config, store)
             if replies is None:
                 return
+            record.evaluate_clients = [reply.client for reply in replies]
             metrics = self.strategy.aggregate_evaluate(
-                record.server_round, self._in_memory(replies)
+                record.server_round, self._for_strategy(replies)
             )
-            record.evaluate_metrics = _noted(metrics)
+        record.evaluate_metrics = _noted(metrics)
         state.failed_rounds[EVALUATE] = 0
 
-    def states(self) -> dict[str, object]:
-        """Return the states of the parts, for a checkpoint."""
-        states: dict[str, object] = {"strategy": strategy_state(self.strategy)}
-        for name, part in (("compression", self.compression), ("outer", self.outer)):
-            if part is not None:
-                states[name] = part.state_dict()
-        return states
+    def states(self) -> dict[str, Any]:
+        """Return the states of strategy, compression and outer optimizer, for a checkpoint."""
+        states: dict[str, Any] = {"strategy": strategy_state(self.strategy)}
+        return states | {name: part.state_dict() for name, part in self._stateful().items()}
 
     def load_states(self, checkpoint: Checkpoint) -> None:
         """Load the states of a checkpoint."""
-        states = checkpoint.states
+        saved, here = checkpoint.states.keys() - {"strategy"}, self._stateful().keys()
+        if changed := sorted(saved ^ here):
+            then, now = ("with", "without") if changed[0] in saved else ("without", "with")
+            raise CheckpointError(f"the run was {then} {changed[0]}, this is {now}")
         try:
-            load_strategy_state(self.strategy, states["strategy"])
+            load_strategy_state(self.strategy, checkpoint.states["strategy"])
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        for name, part in (("compression", self.compression), ("outer", self.outer)):
-            if (part is not None) != (name in states):
-                now, then = ("with", "without") if part is not None else ("without", "with")
-                raise CheckpointError(f"the run was {then} {name}, this is {now}")
-            if part is not None:
-                part.load_state_dict(states[name])
+        for name, part in self._stateful().items():
+            part.load_state_dict(checkpoint.states[name])
         set_random_states(checkpoint.random_states)
 
-    def _collect(
+    def _stateful(self) -> dict[str, Compression | OuterOptimizer]:
+        parts = {"compression": self.compression, "outer": self.outer}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _replies(
         self,
         phase: str,
         configure: Configure,
@@ -249,140 +237,46 @@ class _Federation:
         record: RoundRecord,
         config: ConfigRecord,
         store: ReplyStore,
-    ) -> "list[_Reply] | None":
-        """Send the messages of a phase, and return its good replies in the order of their labels.
-
-        Returns None if the phase has failed.
-        """
-        at = record.server_round
+    ) -> list[GoodReply] | None:
+        """Choose clients and return their good replies, or None if the phase has failed."""
+        server_round = record.server_round
         with _timed(record, phase):
             messages = self.nodes.choose(
-                lambda grid: configure(at, state.arrays, config, grid), f"{at}-{phase}"
+                lambda grid: configure(server_round, state.arrays, config, grid),
+                f"{server_round}-{phase}",
             )
-            messages = self._compressed(messages)
-            sent = {m.metadata.dst_node_id: _num_bytes(m) for m in messages}
-            record.bytes_sent += sum(sent.values())
-            started = time.monotonic()
-            good: list[_Reply] = []
-            labels: dict[int, str | None] = {}
-            faults = dict.fromkeys(sent, NO_REPLY)  # of each node without a good reply
-            for reply in receive(self.grid, messages, self.timeout):
-                seconds = time.monotonic() - started
-                node = reply.metadata.src_node_id
-                received = 0
-                if not reply.has_error():
-                    received = _num_bytes(reply)
-                    labels[node] = protocol.label_of(reply)
-                record.bytes_received += received
-                try:
-                    norm = self._check(reply, phase, state.arrays)
-                except ValueError as error:
-                    faults[node] = str(error)
-                    continue
-                faults.pop(node, None)
-                kept = store.keep(reply)
-                client = ClientRecord(
-                    node, None, _metrics(reply), norm, sent.get(node, 0), received, seconds
-                )
-                good.append(_Reply(kept, client))
-            self.nodes.learn(labels)
-        for node in sorted(faults, key=self.nodes.order):
-            self._leave_out(phase, node, faults[node], record)
-        good = self._judged(phase, good, record)
-        shortage = self.guard.shortage(len(good), len(messages)) if self.guard is not None else None
-        if shortage is not None:
+            replies = self.exchange.run(phase, messages, state.arrays, record, store)
+        shortage = self.guard and self.guard.shortage(len(replies), len(messages))
+        if shortage:
             self._fail(phase, shortage, state, record)
             return None
-        clients = record.train_clients if phase == TRAIN else record.evaluate_clients
-        for item in good:
-            item.client.label = self.nodes.label(item.client.node)
-            clients.append(item.client)
-        return good
+        return replies
 
-    def _compressed(self, messages: list[Message]) -> list[Message]:
-        """Compress the arrays of messages."""
-        if self.compression is None or self.compression.is_exact:
-            return messages
-        first: ArrayRecord | None = None
-        for message in messages:
-            records = {k: r for k, r in message.content.items() if isinstance(r, ArrayRecord)}
-            if len(records) != 1:
-                raise CodecError(f"a message holds {len(records)} ArrayRecords, should hold one")
-            [(key, arrays)] = records.items()
-            first = arrays if first is None else first
-            if not same_arrays(arrays, first):
-                raise CodecError(
-                    "the strategy sends different models; compression needs one model for all"
-                )
-            payload, header = self.compression.encode(arrays, message.metadata.dst_node_id)
-            # A new content, because strategies give the same one to all messages.
-            message.content = RecordDict(
-                {**message.content, key: payload, protocol.COMPRESSION: header}
-            )
-        return messages
+    def _for_strategy(self, replies: list[GoodReply]) -> Iterable[Message]:
+        """Return an iterator for `StreamingFedAvg`, which holds one reply, else a list.
 
-    def _check(self, reply: Message, phase: str, sent: ArrayRecord) -> float:
-        """Check one reply, and return the norm of its update; ValueError says why it is bad."""
-        node = reply.metadata.src_node_id
-        if reply.has_error():
-            raise ValueError(reply.error.reason or f"error code {reply.error.code}")
-        header = reply.content.pop(protocol.COMPRESSION, None)
-        if self.compression is not None:
-            self.compression.note_answer(node, header)
-        content = self._decoded(reply.content)
-        if self.guard is None:
-            return 0.0
-        return self.guard.check(
-            content, weight_key(self.strategy), sent if phase == TRAIN else None
-        )
-
-    def _decoded(self, content: RecordDict) -> RecordDict:
-        """Return a reply's content with its arrays decoded."""
-        if self.compression is None:
-            return content
-        return RecordDict(
-            {
-                key: self.compression.decode(r) if isinstance(r, ArrayRecord) else r
-                for key, r in content.items()
-            }
-        )
-
-    def _judged(self, phase: str, replies: "list[_Reply]", record: RoundRecord) -> "list[_Reply]":
-        """Return the replies that count, in the order of their labels."""
-        ordered = sorted(replies, key=lambda reply: self.nodes.order(reply.client.node))
-        if self.guard is None or phase == EVALUATE:
-            return ordered
-        outliers = self.guard.outliers([reply.client.update_norm for reply in ordered])
-        for index, reason in outliers.items():
-            self._leave_out(phase, ordered[index].client.node, reason, record)
-        return [reply for index, reply in enumerate(ordered) if index not in outliers]
-
-    def _in_memory(self, replies: "Sequence[_Reply]") -> Iterable[Message]:
-        """Return the replies as the strategy takes them, decoded again.
-
-        `StreamingFedAvg` takes an iterator, with one reply in memory. Other strategies may go
-        through the replies twice or change them, so they get a list.
+        Other strategies may go through the replies twice, or change them.
         """
-        decoded = (self._message(reply.kept) for reply in replies)
+        decoded = self.exchange.decoded(replies)
         return decoded if isinstance(self.strategy, StreamingFedAvg) else list(decoded)
 
-    def _message(self, kept: KeptReply) -> Message:
-        message = kept.load()
-        message.content = self._decoded(message.content)
+    def _next_arrays(
+        self, arrays: ArrayRecord, aggregate: ArrayRecord | None
+    ) -> tuple[ArrayRecord, str]:
+        """Return the arrays after the outer step, and what is wrong with them."""
+        if aggregate is None:
+            return arrays, ""
         if self.guard is not None:
-            for record in message.content.values():
-                if isinstance(record, ArrayRecord):
-                    widen_integers(record)
-        return message
-
-    def _leave_out(self, phase: str, node: int, reason: str, record: RoundRecord) -> None:
-        logger.warning(
-            "%s round %d: left out node %d: %s", phase, record.server_round, node, reason
-        )
-        record.left_out.append(LeftOut(phase, node, self.nodes.label(node), reason))
+            aggregate = narrow_like(aggregate, arrays)
+            if fault := not_finite(aggregate):
+                return arrays, fault
+        if self.outer is None:
+            return aggregate, ""
+        moved = self.outer.step(arrays, aggregate)
+        return moved, "" if self.guard is None else not_finite(moved)
 
     def _fail(self, phase: str, reason: str, state: Checkpoint, record: RoundRecord) -> None:
-        """Count a failed phase. Raise if there were too many in a row."""
+        """Count a failed phase, and raise if there were too many in a row."""
         assert self.guard is not None
         record.failures.append(f"{phase}: {reason}")
         in_a_row = state.failed_rounds.get(phase, 0) + 1
@@ -397,12 +291,6 @@ class _Federation:
             in_a_row,
             self.guard.max_failed_rounds - 1,
         )
-
-
-@dataclass
-class _Reply:
-    kept: KeptReply
-    client: ClientRecord
 
 
 @contextmanager
@@ -430,16 +318,6 @@ def _noted(metrics: MetricRecord | None) -> Metrics | None:
     return dict(metrics)
 
 
-def _metrics(reply: Message) -> Metrics:
-    records = [record for record in reply.content.values() if isinstance(record, MetricRecord)]
-    return {name: value for record in records for name, value in record.items()}
-
-
-def _num_bytes(message: Message) -> int:
-    records = message.content.values()
-    return sum(num_bytes(record) for record in records if isinstance(record, ArrayRecord))
-
-
 def _replay(state: Checkpoint, on_round: Callable[[RoundRecord], None] | None) -> None:
     """Call `on_round` for the rounds before a resume."""
     if on_round is not None:
@@ -452,9 +330,16 @@ def _log_start(
     federation: _Federation, state: Checkpoint | None, checkpoints: Checkpoints | None
 ) -> None:
     logger.info(
-        "Starting %s for %d rounds", type(federation.strategy).__name__, federation.num_rounds
+        "Starting %s for %d rounds",
+        type(federation.strategy).__name__,
+        federation.num_rounds,
     )
-    for part in (federation.guard, federation.compression, federation.outer, checkpoints):
+    for part in (
+        federation.guard,
+        federation.compression,
+        federation.outer,
+        checkpoints,
+    ):
         if part is not None:
             logger.info("\t├──> %r", part)
     federation.strategy.summary()

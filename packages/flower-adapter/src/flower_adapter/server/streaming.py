@@ -39,7 +39,6 @@ class StreamingFedAvg(FedAvg):
                 raise ValueError(f"node {reply.metadata.src_node_id}: {error}") from error
             arrays.clear()
             contents.append(content)
-            del reply, content, arrays, metrics  # nothing else may keep the arrays alive
         if not contents:
             return None, None
         return average.result(), self.train_metrics_aggr_fn(contents, self.weighted_by_key)
