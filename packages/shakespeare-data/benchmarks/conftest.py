@@ -1,4 +1,4 @@
-"""A fixture that measures our code and a reference in one run, in turn."""
+"""Define a fixture that measures our code and reference code alternately in one run."""
 
 from collections.abc import Callable
 from statistics import median
@@ -10,9 +10,10 @@ import pytest
 
 @pytest.fixture
 def compare(benchmark: Any) -> Callable[..., None]:
-    """A function that measures `ours` and `reference` in turn and keeps both medians.
+    """Return a function that measures `ours` and `reference` alternately.
 
-    `amount` and `unit` say how much one call processes.
+    The function stores the median time of `ours` and the median time of `reference`. `amount` and
+    `unit` say how much data one call processes.
     """
 
     def run(

@@ -1,9 +1,9 @@
-"""Measure the figures in the README about corpora, partitions and large files.
+"""Measure the numbers in the README about corpora, partitions and large files.
 
     python benchmarks/corpora.py [parsing|similarity|partitions|mapped ...]
 
-`nox -s corpora` runs this file. Tiny Shakespeare is read from the cache. `mapped` writes 4 GiB to
-the directory for temporary files.
+`nox -s corpora` runs this file. Tiny Shakespeare is read from the cache. The measurement `mapped`
+writes 4 GiB to the directory for temporary files.
 """
 
 import random
@@ -60,7 +60,7 @@ def parsing() -> None:
 
 
 def roles(speeches: Iterable[Speech]) -> Counter[tuple[str, str]]:
-    """Return the number of characters of each role."""
+    """Return the number of characters that each role has."""
     sizes: Counter[tuple[str, str]] = Counter()
     for speech in speeches:
         if speech.speaker:
@@ -109,7 +109,7 @@ def roles_of(corpus: Corpus) -> list[tuple[str, str]]:
 
 
 def partitions() -> None:
-    """Print the report of each scheme for 2, 10 and 100 clients on two texts."""
+    """Print a summary of each scheme for 2, 10 and 100 clients, on two texts."""
     row = "{:16} {:14} {:>7} {:>19} {:>17} {:>8} {:>9} {:>7} {:>26}"
     titles = ("corpus", "scheme", "clients", "train", "val", "left out", "speakers", "plays")
     print(row.format(*titles, "divergence"))
@@ -166,7 +166,10 @@ def mapped() -> None:
 
 
 def resident() -> Counter[str]:
-    """Return the memory of this process in MiB, by kind. This needs Linux."""
+    """Return the resident memory of this process in MiB, for each kind of memory.
+
+    This function needs Linux.
+    """
     found = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return Counter({words[0][:-1]: int(words[1]) // 1024 for words in found if "kB" in words})
 

@@ -1,6 +1,6 @@
-"""Measure the tokenizer and the batches beside plain references, such as the code of nanoGPT.
+"""Compare the speed of the tokenizer and the batches with simple reference code.
 
-The text has as many characters as Tiny Shakespeare.
+Some of the reference code works as in nanoGPT. The text has as many characters as Tiny Shakespeare.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,10 @@ def mapped(tokens: Tokens, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stack_of_slices(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a batch as nanoGPT's `get_batch` does: make one tensor for each row, then stack them."""
+    """Draw a batch as nanoGPT's `get_batch` does.
+
+    The function makes one tensor for each row and then stacks the tensors.
+    """
     starts = torch.randint(len(tokens) - BLOCK_SIZE, (BATCH_SIZE,)).tolist()
     x = [torch.from_numpy(tokens[i : i + BLOCK_SIZE].astype(np.int64)) for i in starts]
     y = [torch.from_numpy(tokens[i + 1 : i + 1 + BLOCK_SIZE].astype(np.int64)) for i in starts]
@@ -53,7 +56,7 @@ def times(count: int, encode: Callable[[], object]) -> None:
 
 
 def test_encode(compare: Callable[..., None], tokens: Tokens, tokenizer: CharTokenizer) -> None:
-    """Encode the text ten times."""
+    """Measure ten encodings of the text. The reference uses a dict."""
     text = tokenizer.decode(tokens)
     stoi = {character: i for i, character in enumerate(tokenizer.vocab)}
     compare(
@@ -68,7 +71,10 @@ def test_encode(compare: Callable[..., None], tokens: Tokens, tokenizer: CharTok
 def test_encode_beside_tokenizers(
     compare: Callable[..., None], tokens: Tokens, tokenizer: CharTokenizer
 ) -> None:
-    """Encode the text beside a character-level model of Hugging Face's tokenizers."""
+    """Measure one encoding of the text.
+
+    The reference is a character-level model from Hugging Face's package `tokenizers`.
+    """
     text = tokenizer.decode(tokens)
     lines = [
         text[start : start + 30] for start in range(0, len(text), 30)
@@ -90,7 +96,7 @@ def test_encode_beside_tokenizers(
 
 
 def test_decode(compare: Callable[..., None], tokens: Tokens, tokenizer: CharTokenizer) -> None:
-    """Decode the ids of the text."""
+    """Measure one decoding of the ids. The reference uses a dict."""
     itos = dict(enumerate(tokenizer.vocab))
     compare(
         lambda: tokenizer.decode(tokens),
@@ -102,7 +108,7 @@ def test_decode(compare: Callable[..., None], tokens: Tokens, tokenizer: CharTok
 
 
 def test_batches_in_memory(compare: Callable[..., None], tokens: Tokens) -> None:
-    """Draw 100 batches of 64 x 256 from an array."""
+    """Measure 100 batches of 64 x 256 tokens from an array."""
     batches = Batches(tokens, BATCH_SIZE, BLOCK_SIZE, seed=0)
     compare(
         lambda: [next(batches) for _ in range(BATCHES)],
@@ -114,7 +120,7 @@ def test_batches_in_memory(compare: Callable[..., None], tokens: Tokens) -> None
 
 
 def test_batches_memory_mapped(compare: Callable[..., None], mapped: Path) -> None:
-    """Draw 100 batches of 64 x 256 from a memory-mapped file."""
+    """Measure 100 batches of 64 x 256 tokens from a memory-mapped file."""
     batches = Batches(np.memmap(mapped, "<u2", "r"), BATCH_SIZE, BLOCK_SIZE, seed=0)
     compare(
         lambda: [next(batches) for _ in range(BATCHES)],
@@ -126,7 +132,10 @@ def test_batches_memory_mapped(compare: Callable[..., None], mapped: Path) -> No
 
 
 def test_epoch_in_memory(compare: Callable[..., None], tokens: Tokens) -> None:
-    """Draw one epoch of shuffled windows, beside a DataLoader of slices."""
+    """Measure one epoch of shuffled windows.
+
+    The reference is torch's `DataLoader` with slices of the array.
+    """
 
     class Windows(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
         def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Shakespeare as training data: corpora, a character tokenizer, partitions and batches."""
+"""Provide Shakespeare's plays as training data: corpora, a tokenizer, partitions and batches."""
 
 from importlib.metadata import version
 

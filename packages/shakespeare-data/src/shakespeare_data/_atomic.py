@@ -1,4 +1,4 @@
-"""Write files so that a reader never sees a half-written one."""
+"""Write files in such a way that a reader never sees an incomplete file."""
 
 import os
 import tempfile
@@ -7,18 +7,19 @@ from typing import BinaryIO
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a new file and wait until the disk has stored it.
+    """Write a new file, and wait until the disk has stored the file.
 
-    Raises `OSError` if the file exists already or cannot be written.
+    Raises `OSError` if the file already exists or cannot be written.
     """
     with path.open("xb") as file:
         _write_and_sync(file, content)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a temporary file beside `path`, then rename it to `path`.
+    """Write `content` to a temporary file beside `path`, and rename this file to `path`.
 
-    Raises `OSError` if the file cannot be written. An older file at `path` then stays as it was.
+    Raises `OSError` if the file cannot be written. In that case, an existing file at `path` stays
+    unchanged.
     """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)

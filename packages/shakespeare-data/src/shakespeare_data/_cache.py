@@ -1,9 +1,10 @@
-"""A cache of values that were read from files, for the life of a process.
+"""Keep values that were read from files in a cache while the process runs.
 
-A value stays in the cache while the path, size, modification time and inode of each of its files
-stay the same. The check calls `stat` and opens no file. A value is shared by all callers, so it
-must be immutable. A change that keeps all four properties is not noticed. The functions of this
-package that write files always create a new inode.
+A cached value stays valid while the path, size, modification time and inode of each of its files
+stay the same. To check these properties, the cache calls `stat` and opens no file. All callers
+receive the same object, so it must be immutable. If a file changes and all four properties stay the
+same, the cache does not notice the change. The functions in this package that write files always
+create a new inode.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -18,9 +19,10 @@ _values: dict[Hashable, tuple[list[FileState], Any]] = {}
 
 
 def cached_read(key: Hashable, paths: Sequence[Path], read: Callable[[], Value]) -> Value:
-    """Return `read()`, or its earlier result for `key` if no file of `paths` has changed.
+    """Return the cached value for `key` if the files in `paths` are unchanged.
 
-    Nothing is cached if one of the files is missing or if `read` raises an exception.
+    Otherwise, the function calls `read`, stores the result in the cache, and returns the result.
+    The result is not stored if a file is missing or if `read` raises an exception.
     """
     try:
         states = [_state(path) for path in paths]

@@ -1,7 +1,7 @@
-"""Draw batches `(x, y)` of windows from a token array. `y` is `x` shifted by one token.
+"""Draw batches `(x, y)` of windows from an array of token ids.
 
-The array may be memory-mapped. This is the only module that uses torch. It imports torch only
-when a batch is a tensor.
+`y` is `x` shifted by one token. The array may be memory-mapped. No other module in this package
+uses torch. This module imports torch only if the batches are tensors.
 """
 
 import mmap
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ON_DISK = np.dtype("<u2")  # nanoGPT's .bin format: ids without a header
 
 _STATE_VERSION = 1
-_RESIDENT_BYTES = 2**28  # a mapped file may hold this much memory before its pages are released
+_RESIDENT_BYTES = 2**28  # the pages of a mapped file are released when they take more memory
 
 Pair = tuple[NDArray[np.int64], NDArray[np.int64]]
 
@@ -31,10 +31,10 @@ Pair = tuple[NDArray[np.int64], NDArray[np.int64]]
 def sample_windows(
     tokens: NDArray[Any], batch_size: int, block_size: int, rng: np.random.Generator
 ) -> Pair:
-    """Draw `batch_size` random windows of `tokens` `(N,)`, as nanoGPT's `get_batch` does.
+    """Draw `batch_size` random windows from `tokens` `(N,)`, as nanoGPT's `get_batch` does.
 
-    Returns `x` and `y`, both int64 `(batch_size, block_size)`. Raises `DataError` if
-    `N < block_size + 1`.
+    Returns `x` and `y`. Both arrays are int64 `(batch_size, block_size)`. Raises `DataError` if
+    `tokens` has fewer than `block_size + 1` ids.
     """
     _check(tokens, batch_size, block_size)
     return _random_pair(sliding_window_view(tokens, block_size + 1), batch_size, rng)
@@ -50,29 +50,29 @@ def _pair(windows: NDArray[Any], starts: NDArray[np.int64]) -> Pair:
 
 
 class Batches:
-    """An iterator over batches of windows, endless or for some epochs.
+    """An iterator over batches of windows. It is endless, or it ends after some epochs.
 
-    Each item is a pair `(x, y)` of int64 `(batch_size, block_size)`. The caller may keep and change
-    it. The same arguments give the same batches.
+    Each item is a pair `(x, y)`. Both `x` and `y` are int64 `(batch_size, block_size)`. The caller
+    may keep `x` and `y` and change them. The same arguments give the same batches.
 
-    - `source`: ids `(N,)` in an array, or the path of a `.bin` file of little-endian uint16 ids.
-      A file is memory-mapped, so it may be larger than memory.
+    - `source`: an array of token ids `(N,)`, or the path of a `.bin` file with little-endian uint16
+      ids. A file is memory-mapped, so the file may be larger than memory.
     - `seed`: an integer, or a sequence such as `(seed, client, round)`. No number may be negative,
-      and each number after the first must be below 2^32. Different seeds give different batches.
-      The seeds `1`, `(1, 0)` and `(1, 0, 0)` are different.
-    - `epochs`: `None` gives endless random windows. A number gives that many passes over the
-      non-overlapping windows, each pass in its own random order. The last batch of a pass may have
-      fewer rows. Up to `block_size - 1` tokens at the end of the text fill no window and are left
-      out.
-    - `return_tensors`: `"pt"` gives torch tensors on the CPU. `"np"` gives NumPy arrays and needs
-      no torch.
+      and each number after the first number must be below 2^32. Different seeds give different
+      batches. For example, the seeds `1`, `(1, 0)` and `(1, 0, 0)` are different.
+    - `epochs`: the number of passes over the non-overlapping windows. Each pass has its own random
+      order. The last batch in a pass may have fewer than `batch_size` rows. Up to `block_size - 1`
+      tokens at the end of the text do not fill a window and are left out. If `epochs` is `None`,
+      the iterator draws random windows without end.
+    - `return_tensors`: `"pt"` gives torch tensors on the CPU. `"np"` gives NumPy arrays, and torch
+      is not needed.
 
-    After the last epoch the iterator stays at its end. `state_dict` and `load_state_dict` continue
-    a sequence in another process. On Linux, a mapped file holds at most about 256 MiB of resident
-    memory, plus the pages of one batch.
+    After the last epoch, the iterator gives no more batches. With `state_dict` and
+    `load_state_dict`, another process can continue the sequence of batches. On Linux, the pages of
+    a mapped file take at most about 256 MiB of memory, plus the pages of one batch.
 
-    Raises `DataError` if a size does not fit, if a file is not a `.bin`, or if torch is needed and
-    is not installed.
+    Raises `DataError` if an argument is out of range, if `source` has too few ids, if a file cannot
+    be read as ids, or if torch is needed but not installed.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class Batches:
         self._rng = _rng(self._seed)
         self._epochs = epochs
         self._torch = _torch() if return_tensors == "pt" else None
-        self._drawn = 0  # batches so far
-        self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch, its window numbers
+        self._drawn = 0  # the number of batches drawn so far
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch, its windows in order
         self._windows = sliding_window_view(tokens, block_size + 1)  # (N - T, T + 1)
         self._pages = _ResidentPages.of(tokens)
 
@@ -107,7 +107,10 @@ class Batches:
         return self
 
     def __len__(self) -> int:
-        """The number of batches in all epochs. Raises `TypeError` for endless batches."""
+        """Return the number of batches in all epochs together.
+
+        Raises `TypeError` if the batches are endless.
+        """
         if self._epochs is None:
             raise TypeError("endless batches have no length; give epochs to have one")
         return self._epochs * self._batches_per_epoch
@@ -127,7 +130,10 @@ class Batches:
         return self._torch.from_numpy(x), self._torch.from_numpy(y)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the sequence, for `load_state_dict`. It can be saved as JSON."""
+        """Return the current position in the sequence of batches.
+
+        The method `load_state_dict` accepts the result. The result can be saved as JSON.
+        """
         return {
             "version": _STATE_VERSION,
             "num_tokens": len(self._tokens),
@@ -142,8 +148,9 @@ class Batches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the position that `state_dict` returned.
 
-        Raises `DataError` if the number of tokens, a size, the seed or the number of epochs
-        differs. The message names the difference, and this object stays as it was.
+        Raises `DataError` if `state` does not have the same number of tokens, batch size, block
+        size, seed and number of epochs as this object. The message names the difference, and this
+        object stays unchanged.
         """
         expected = self.state_dict()
         if not isinstance(state, dict):
@@ -188,11 +195,12 @@ class Batches:
 def sequential_batches(
     tokens: NDArray[Any], batch_size: int, block_size: int
 ) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
-    """Pass once over `tokens` `(N,)` in order, so that each of the `N - 1` targets occurs once.
+    """Return an iterator that passes once over `tokens` `(N,)` in order.
 
-    Yields int64 pairs `(B, block_size)` of non-overlapping windows, where `B` is at most
-    `batch_size`. The last `r < block_size` targets, if there are any, are one more pair `(1, r)`.
-    Raises `DataError` if a size does not fit or if torch is not installed.
+    Each of the `N - 1` targets occurs once. The iterator yields pairs of int64 tensors `(B,
+    block_size)`, and `B` is at most `batch_size`. The windows do not overlap. If `r` targets remain
+    at the end, they form one more pair `(1, r)`. Raises `DataError` if a size is out of range, if
+    `tokens` has too few ids, or if torch is not installed.
     """
     _check(tokens, batch_size, block_size)
     return _in_order(tokens, batch_size, block_size, _torch())
@@ -216,9 +224,9 @@ def _in_order(
 
 
 def map_tokens(path: Path) -> NDArray[np.uint16]:
-    """Map the ids of a `.bin` file into memory, read-only.
+    """Map the token ids in a `.bin` file into memory, and return a read-only array.
 
-    Raises `DataError` if the file cannot be read, is empty, or has half an id at its end.
+    Raises `DataError` if the file cannot be read, is empty, or has an odd number of bytes.
     """
     try:
         size = path.stat().st_size
@@ -232,10 +240,11 @@ def map_tokens(path: Path) -> NDArray[np.uint16]:
 
 
 class _ResidentPages:
-    """The memory pages of a mapped file that a process holds.
+    """The pages of a mapped file that are in the memory of this process.
 
-    The system may take such pages back at any time. Until then they count as memory of the
-    process, and random reads of a large file would make that number grow to the size of the file.
+    The system may take such pages back at any time. Until then, the pages count as memory of the
+    process. Without this class, random reads from a large file would increase this memory up to the
+    size of the file.
     """
 
     def __init__(self, mapping: mmap.mmap) -> None:
@@ -244,16 +253,19 @@ class _ResidentPages:
 
     @classmethod
     def of(cls, tokens: NDArray[Any]) -> Self | None:
-        """Return the pages of a large read-only mapped file, or `None` for other arrays."""
+        """Return the pages of the mapped file behind `tokens`.
+
+        Returns `None` if `tokens` is not a large file that is mapped read-only on Linux.
+        """
         if sys.platform != "linux" or getattr(tokens, "mode", None) != "r":
-            return None  # other systems lack MADV_DONTNEED; in other modes it would lose changes
+            return None  # other systems lack MADV_DONTNEED; in other modes, changes would be lost
         base: Any = tokens
         while isinstance(base, np.ndarray):
             base = base.base
         return cls(base) if isinstance(base, mmap.mmap) and len(base) > _RESIDENT_BYTES else None
 
     def release_if_many(self) -> None:
-        """Give all pages back to the system if they exceed the allowed size."""
+        """Give all pages back to the system if the pages take more memory than allowed."""
         if sys.platform == "linux" and _resident_file_bytes() > self._allowed:
             self._mapping.madvise(mmap.MADV_DONTNEED)
 
@@ -285,8 +297,8 @@ def _check(tokens: NDArray[Any], batch_size: int, block_size: int) -> None:
 
 
 def _rng(seed: Sequence[int], *more: int) -> np.random.Generator:
-    # The numbers after the first are a spawn key, because SeedSequence takes (1,), (1, 0) and
-    # (1, 0, 0) as the same entropy.
+    # All numbers after the first number are used as a spawn key. As entropy, (1,), (1, 0) and
+    # (1, 0, 0) would all give the same random numbers.
     return np.random.default_rng(np.random.SeedSequence(seed[0], spawn_key=(*seed[1:], *more)))
 
 

@@ -1,4 +1,4 @@
-"""The command `shakespeare-data`: look at a corpus, and divide it among clients."""
+"""Define the command `shakespeare-data`, which describes a corpus and divides it among clients."""
 
 import argparse
 import io
@@ -31,9 +31,10 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 after an error.
+    """Run the command and return its exit status.
 
-    An error is printed to stderr in one line.
+    The exit status is 0 after success and 2 after an error. An error is printed to stderr as one
+    line.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"shakespeare-data: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # stdout cannot be written; errors of files are DataErrors
+    except OSError as error:  # stdout cannot be written; all other file errors are DataErrors
         # Python writes to stdout once more when it exits, and that must not fail.
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe

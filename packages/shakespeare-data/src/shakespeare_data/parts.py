@@ -1,9 +1,10 @@
-"""The part of a text that one client has, in memory or as a directory.
+"""Hold, write and read the part of a text that belongs to one client.
 
-This module owns the format of such a directory: `train.bin` and `val.bin` hold token ids in
-nanoGPT's format, which is little-endian uint16 without a header. `meta.json` holds the vocabulary,
-the origin of the text, and the length and SHA-256 of both files. The directories of all clients lie
-in one directory, beside `partition.json`.
+A part is in memory or in a directory. This module defines the files in such a directory.
+`train.bin` and `val.bin` hold token ids in nanoGPT's format, which is little-endian uint16 without
+a header. `meta.json` holds the vocabulary, the origin of the text, and the length and SHA-256 of
+both `.bin` files. One output directory contains `partition.json` and the directories of all
+clients.
 """
 
 import json
@@ -28,7 +29,7 @@ from shakespeare_data.batches import ON_DISK, map_tokens
 from shakespeare_data.errors import DataError, whole_number
 from shakespeare_data.tokenizer import CharTokenizer
 
-FORMAT_VERSION = 1  # of meta.json and partition.json
+FORMAT_VERSION = 1  # the format version in meta.json and partition.json
 
 _META = "meta.json"
 _MANIFEST = "partition.json"
@@ -38,16 +39,16 @@ _PART_DIRECTORY = re.compile(r"shakespeare_part_\d+")
 
 @dataclass(frozen=True)
 class Origin:
-    """The text that was divided and the way it was divided.
+    """A description of the divided text and of the way in which it was divided.
 
-    Each `meta.json` and `partition.json` hold these fields.
+    Each `meta.json` and each `partition.json` contains these fields.
     """
 
     scheme: str
     seed: int
     options: Mapping[str, Any]
     num_partitions: int
-    corpus: str  # its name
+    corpus: str  # the name of the corpus
     corpus_sha256: str
     source: str
     licence: str
@@ -56,7 +57,7 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The text that one client trains and validates on, as token ids. A part cannot be changed."""
+    """The token ids on which one client trains and validates. A part cannot be changed."""
 
     train: NDArray[np.uint16]  # (N,), read-only
     val: NDArray[np.uint16]  # (M,), read-only
@@ -66,9 +67,10 @@ class Part:
 
     @property
     def fingerprint(self) -> str:
-        """The first 16 hexadecimal digits of the SHA-256 of `train.bin`.
+        """A short identifier of the training ids.
 
-        The fingerprint depends only on the training ids, not on the directory.
+        The identifier consists of the first 16 hexadecimal digits of the SHA-256 of `train.bin`. It
+        does not depend on the directory or on the validation ids.
         """
         return str(self.meta["train_sha256"])[:16]
 
@@ -80,7 +82,10 @@ def make_part(
     origin: Origin,
     partition_id: int,
 ) -> Part:
-    """Make the part of client `partition_id` from its ids, with the content of its `meta.json`."""
+    """Make the part that belongs to client number `partition_id`.
+
+    The attribute `meta` of the part has the content that is written to `meta.json`.
+    """
     meta = {
         **_described(origin),
         "partition_id": partition_id,
@@ -103,12 +108,16 @@ def _described(origin: Origin) -> dict[str, Any]:
 
 
 def _ids_sha256(ids: NDArray[np.uint16]) -> str:
-    """Return the SHA-256 of the `.bin` file that has these ids, hexadecimal."""
+    """Return the SHA-256 of a `.bin` file that contains `ids`, as hexadecimal digits."""
     return sha256(np.ascontiguousarray(ids, dtype=ON_DISK).data).hexdigest()
 
 
 def _read_only(document: dict[str, Any]) -> Mapping[str, Any]:
-    """Return a read-only view of a JSON object and of the objects directly in it."""
+    """Return `document` as a read-only mapping.
+
+    A value in `document` that is a dictionary becomes a read-only mapping too. Dictionaries at
+    deeper levels can still be changed.
+    """
     return MappingProxyType(
         {
             key: MappingProxyType(value) if isinstance(value, dict) else value
@@ -118,7 +127,7 @@ def _read_only(document: dict[str, Any]) -> Mapping[str, Any]:
 
 
 def part_directory(output: Path, partition_id: int) -> Path:
-    """Return the directory of the client `partition_id` below `output`."""
+    """Return the directory for client number `partition_id` in the directory `output`."""
     return output / f"shakespeare_part_{partition_id}"
 
 
@@ -127,17 +136,18 @@ def write_federation(
 ) -> list[Path]:
     """Write the parts of all clients and `partition.json` into the directory `output`.
 
-    `output` may be new, empty, or an earlier federation, which is replaced as a whole. Everything
-    is written to a new directory beside `output`. Then the old directory is renamed, and the new
-    one takes its place. If the process is killed between these two steps, `output` is missing, and
-    the next call puts the old directory back.
+    `output` may be missing or empty, or it may contain an earlier federation. An earlier federation
+    is replaced as a whole. The function first writes all files to a new directory beside `output`.
+    Then it renames the old directory, and the new directory gets the name `output`. If the process
+    is killed between these two steps, `output` is missing. In that case, the next call first puts
+    the old directory back.
 
-    Returns the directories of the parts. Raises `DataError` if `output` holds anything else, or if
-    something cannot be written. The message names the file.
+    Returns a list with the directory of each part. Raises `DataError` if `output` contains other
+    files, or if a file or directory cannot be written. The message names the file or directory.
     """
     if not str(output):
         raise DataError("the output is empty; it must be a directory")
-    output = Path(output).resolve()  # a link stays, and the directory that it points to is written
+    output = Path(output).resolve()  # if `output` is a link, its target is written
     if Path.cwd().is_relative_to(output):
         raise DataError(
             f"cannot replace {output}, because the current directory is in it; choose a "
@@ -154,7 +164,7 @@ def write_federation(
                 count = _write_parts(parts, manifest, new)
                 _replace_directory(output, new, old)
             finally:
-                shutil.rmtree(new, ignore_errors=True)  # it still exists after a failure
+                shutil.rmtree(new, ignore_errors=True)  # `new` still exists after a failure
     except OSError as error:
         where = error.filename2 or error.filename or output
         raise DataError(f"cannot write {where}: {error.strerror}") from error
@@ -164,8 +174,8 @@ def write_federation(
 def _lock_path(output: Path) -> Path:
     """Return the path of the lock file for `output`.
 
-    All processes of a user that write to `output` share this file. Without the lock, a second
-    process would delete the unfinished directory of the first one.
+    All processes of one user that write to `output` share this lock file. Without the lock, a
+    second process could delete the unfinished directory of the first process.
     """
     user = os.getuid() if hasattr(os, "getuid") else ""
     digest = sha256(os.fsencode(output)).hexdigest()[:16]
@@ -173,7 +183,7 @@ def _lock_path(output: Path) -> Path:
 
 
 def _recover(output: Path, new: Path, old: Path) -> None:
-    """Finish or undo the work of a process that was killed while it wrote `output`."""
+    """Finish or undo the work of an earlier process that was killed while it wrote `output`."""
     shutil.rmtree(new, ignore_errors=True)
     if old.exists() and not output.exists():
         old.rename(output)
@@ -181,7 +191,7 @@ def _recover(output: Path, new: Path, old: Path) -> None:
 
 
 def _refuse_foreign_files(output: Path) -> None:
-    """Raise `DataError` if `output` has an entry that is not part of an earlier federation."""
+    """Raise `DataError` if `output` has an entry that does not belong to a federation."""
     if not output.exists():
         return
     if not output.is_dir():
@@ -202,7 +212,7 @@ def _refuse_foreign_files(output: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Tell whether `path` is a `meta.json` or `partition.json` of any version."""
+    """Return whether `path` is a `meta.json` or a `partition.json` of any format version."""
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -211,7 +221,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _write_parts(parts: Iterable[Part], manifest: Mapping[str, Any], new: Path) -> int:
-    """Write all files below `new` and return the number of parts."""
+    """Write all files into the directory `new`, and return the number of parts."""
     new.mkdir()
     count = 0
     for count, part in enumerate(parts, 1):
@@ -238,20 +248,22 @@ def _replace_directory(output: Path, new: Path, old: Path) -> None:
 
 
 def _json(document: Mapping[str, Any]) -> bytes:
-    # default=dict: json does not know the read-only mappings of `_read_only`.
+    # default=dict is needed because json cannot write the read-only mappings from `_read_only`.
     text = json.dumps(dict(document), indent=2, ensure_ascii=False, default=dict)
     return f"{text}\n".encode()
 
 
 def read_part(directory: str | Path, *, block_size: int = 1) -> Part:
-    """Read a part that `Partition.write` wrote. The ids are memory-mapped and read-only.
+    """Read a part that `Partition.write` wrote.
 
-    The three files are opened once each. The SHA-256 is computed from the mapped ids. A second call
-    in the same process returns the same part without opening a file, as long as the path, size,
-    modification time and inode of each file are unchanged.
+    The token ids are memory-mapped and read-only. Each of the three files is opened once. The
+    SHA-256 of the mapped ids is compared with the SHA-256 in `meta.json`. A second call in the same
+    process returns the same part without opening a file, if the path, size, modification time and
+    inode of each file are unchanged.
 
-    A window and its targets need `block_size + 1` ids. Raises `DataError` if a side has fewer ids,
-    if a file is missing, or if a file contradicts `meta.json`. The message names the file.
+    A window and its targets need `block_size + 1` ids. Raises `DataError` if `train.bin` or
+    `val.bin` has fewer ids, if a file is missing, or if a file does not agree with `meta.json`. The
+    message names the file.
     """
     directory, block_size = Path(directory), whole_number("block_size", block_size, 1)
     if not directory.is_dir():
@@ -314,7 +326,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def _read_ids(directory: Path, split: str, meta: Mapping[str, Any]) -> NDArray[np.uint16]:
-    """Map the ids of one side and check them against `meta`."""
+    """Map the ids in `train.bin` or `val.bin` into memory, and check them against `meta`."""
     path = directory / f"{split}.bin"
     ids = map_tokens(path)
     if len(ids) != meta[f"{split}_length"]:

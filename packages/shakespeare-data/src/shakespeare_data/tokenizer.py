@@ -1,4 +1,7 @@
-"""A tokenizer with one token for each character, by table look-up."""
+"""Convert text to token ids and token ids to text, with one token for each character.
+
+Both conversions look up values in tables.
+"""
 
 import json
 from collections.abc import Sequence
@@ -16,18 +19,19 @@ from shakespeare_data.errors import DataError
 
 MAX_VOCAB_SIZE = 2**16  # ids are uint16
 
-_NAMED_CHARACTERS = 128  # an error prints at most this many characters of a vocabulary
-_PAIRS_FROM = 2**12  # for shorter texts it does not pay to build the table of pairs
-_BLOCK = 2**15  # characters at a time, so that temporary arrays stay in the processor's cache
+_NAMED_CHARACTERS = 128  # an error message shows at most this many characters of a vocabulary
+_PAIRS_FROM = 2**12  # shorter texts are encoded without the table of pairs, which takes time
+_BLOCK = 2**15  # characters in one step; small temporary arrays fit into the processor's cache
 
 
 @dataclass(frozen=True)
 class CharTokenizer:
-    """A character tokenizer, as in nanoGPT's `shakespeare_char`.
+    """A tokenizer with one token for each character, as in nanoGPT's `shakespeare_char`.
 
-    The id of a character is its index in `vocab`, which is sorted by code point. Two tokenizers are
-    equal if their vocabularies are equal. Raises `DataError` if `vocab` is empty, is not sorted,
-    repeats a character, has more than 65,536 characters, or has a lone surrogate.
+    The id of a character is its index in `vocab`. The characters in `vocab` are sorted by code
+    point. Two tokenizers are equal if their vocabularies are equal. Raises `DataError` if `vocab`
+    is empty or not sorted, contains a character twice, contains more than 65,536 characters, or
+    contains a lone surrogate.
     """
 
     vocab: str
@@ -46,7 +50,7 @@ class CharTokenizer:
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """Make the tokenizer of all characters that occur in `text`."""
+        """Make a tokenizer from all characters that occur in `text`."""
         _code_points(text, "the text")
         return cls("".join(sorted(set(text))))
 
@@ -57,7 +61,11 @@ class CharTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """The first 16 hexadecimal digits of the SHA-256 of the vocabulary's UTF-8 bytes."""
+        """A short identifier of the vocabulary.
+
+        The identifier consists of the first 16 hexadecimal digits of a SHA-256. The SHA-256 is
+        computed from the vocabulary in UTF-8.
+        """
         return sha256(self.vocab.encode()).hexdigest()[:16]
 
     @cached_property
@@ -66,9 +74,10 @@ class CharTokenizer:
 
     @cached_property
     def _ids(self) -> NDArray[np.int32]:
-        """A table from code point to id, int32. A code point outside the vocabulary has -1.
+        """A table that maps each code point to its id, as an int32 array.
 
-        The last entry is always -1 and stands for all larger code points.
+        A code point outside the vocabulary has the value -1. The last entry is always -1 and is
+        used for all larger code points.
         """
         ids = np.full(int(self._codes[-1]) + 2, -1, dtype=np.int32)
         ids[self._codes] = np.arange(self.vocab_size, dtype=np.int32)
@@ -76,11 +85,12 @@ class CharTokenizer:
 
     @cached_property
     def _pairs(self) -> NDArray[np.uint32]:
-        """A table from two Latin-1 characters to their two ids, so that one look-up encodes both.
+        """A table that maps two Latin-1 characters to their two ids.
 
-        The index is the two bytes of the characters, read as uint16. The value is the two uint16
-        ids, read as uint32. A character outside the vocabulary has the value 2^16 - 1. This is
-        never an id here, because Latin-1 has only 256 characters.
+        With this table, one look-up encodes two characters. The index consists of the two bytes of
+        the characters and is read as one uint16. The value consists of the two uint16 ids and is
+        read as one uint32. A character outside the vocabulary has the value 2^16 - 1 in place of an
+        id. No character in this table has the id 2^16 - 1, because Latin-1 has only 256 characters.
         """
         byte = np.full(256, 2**16 - 1, dtype=np.uint16)
         codes = self._codes[self._codes < 256]
@@ -89,10 +99,11 @@ class CharTokenizer:
         return byte[characters].view(np.uint32)
 
     def encode(self, text: str, *, replacement: str | None = None) -> NDArray[np.uint16]:
-        """Return the ids of `text`, uint16 `(len(text),)`.
+        """Return the ids of the characters in `text` as a uint16 array `(len(text),)`.
 
-        A character outside the vocabulary gets the id of the character `replacement`. Without a
-        `replacement`, such a character raises `DataError` with the character and its position.
+        A character outside the vocabulary gets the id of the character `replacement`. If
+        `replacement` is `None`, such a character raises `DataError`. The message then names the
+        character and its position.
         """
         ids = np.empty(len(text), dtype=np.uint16)
         substitute = None if replacement is None else self._id(replacement)
@@ -103,10 +114,10 @@ class CharTokenizer:
         return ids
 
     def _encode_pairs(self, text: str, out: NDArray[np.uint16]) -> bool:
-        """Fill `out` with the ids of `text`, two at a time.
+        """Look up two characters of `text` at a time, and write their ids to `out`.
 
-        Returns `False` if a character is not in Latin-1 or not in the vocabulary. `out` is then
-        incomplete.
+        Returns `True` if all characters are encoded. Returns `False` if a character is not in
+        Latin-1 or not in the vocabulary. In that case `out` is incomplete.
         """
         indices = np.empty(_BLOCK // 2, dtype=np.intp)
         for start in range(0, len(text), _BLOCK):
@@ -118,10 +129,10 @@ class CharTokenizer:
             stop = start + 2 * len(pairs)
             indices[: len(pairs)] = pairs
             ids = out[start:stop].view(np.uint32)
-            # "wrap" avoids a pass that checks all indices. None of them is out of range.
+            # "wrap" skips the check of all indices. The check is not needed: all indices are valid.
             self._pairs.take(indices[: len(pairs)], out=ids, mode="wrap")
             if len(latin) % 2:
-                alone = self._pairs[latin[-1] : latin[-1] + 1]  # as a pair with U+0000
+                alone = self._pairs[latin[-1] : latin[-1] + 1]  # encoded as a pair with U+0000
                 out[stop] = alone.view(np.uint16)[0]
         return int(out.max()) < 2**16 - 1
 
@@ -153,9 +164,10 @@ class CharTokenizer:
         return self.vocab.index(replacement)
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        """Return the text of `ids`, integers `(T,)`.
+        """Return the text for `ids`, which are integers `(T,)`.
 
-        Raises `DataError` if an id is out of range.
+        Raises `DataError` if `ids` is not one-dimensional, if it has a value that is not an
+        integer, or if an id is out of range.
         """
         array = np.asarray(ids)
         if array.size == 0:
@@ -177,12 +189,15 @@ class CharTokenizer:
         return text.decode("utf-32-le")
 
     def to_json(self) -> str:
-        """Return the tokenizer as JSON: `{"type": "char", "vocab": "…"}`."""
+        """Return the tokenizer as JSON in the form `{"type": "char", "vocab": "…"}`."""
         return json.dumps({"type": "char", "vocab": self.vocab}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, document: str) -> Self:
-        """Make the tokenizer that `to_json` wrote. Raises `DataError` for any other document."""
+        """Make a tokenizer from a JSON document that `to_json` returned.
+
+        Raises `DataError` if `document` has a different form.
+        """
         try:
             content = json.loads(document)
         except json.JSONDecodeError as error:
@@ -195,9 +210,10 @@ class CharTokenizer:
         return cls(vocab)
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json()` to `path` in UTF-8, atomically.
+        """Write the tokenizer as JSON to the file `path`.
 
-        Raises `DataError` if the file cannot be written. An older file then stays as it was.
+        The file is encoded in UTF-8 and written atomically. Raises `DataError` if the file cannot
+        be written. In that case, an existing file at `path` stays unchanged.
         """
         try:
             write_atomically(Path(path), self.to_json().encode())
@@ -206,7 +222,10 @@ class CharTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read the file that `save` wrote. Raises `DataError` if `path` holds no tokenizer."""
+        """Read a tokenizer from a file that `save` wrote.
+
+        Raises `DataError` if the file cannot be read or does not contain a tokenizer.
+        """
         try:
             document = Path(path).read_bytes().decode()
         except OSError as error:
