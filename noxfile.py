@@ -1,4 +1,4 @@
-"""Every job of this repository. `nox -l` lists them."""
+"""All jobs of this repository. The command `nox -l` lists the jobs."""
 
 import json
 import re
@@ -24,18 +24,18 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def project(package: str) -> dict[str, object]:
-    """Return the `[project]` table of a package."""
+    """Return the table `[project]` from the `pyproject.toml` of a package."""
     return tomllib.loads((ROOT / package / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def install(session: nox.Session, *requirements: str) -> None:
-    """Install with pip, at the tested versions."""
+    """Install the requirements with pip, in the versions that are tested."""
     session.install("-c", "constraints.txt", *requirements)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Test all packages in one environment. Arguments go to pytest."""
+    """Test all packages in one environment. The arguments are passed to pytest."""
     install(session, *(f"{package}[test]" for package in PACKAGES), "pytest-xdist")
     spread = ["-n", "auto", "--dist", "loadfile"]  # each file in one process, with its fixtures
     session.run("pytest", *spread, *session.posargs, env=ONE_THREAD)
@@ -44,7 +44,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("package", PACKAGES, ids=[Path(package).name for package in PACKAGES])
 def slow(session: nox.Session, package: str) -> None:
-    """Run the slow tests, and all tests of each library with its own dependencies alone."""
+    """Run the slow tests of the app, or all tests of one library without the other packages."""
     libraries = LIBRARIES if package == APP else []
     install(session, *libraries, f"{package}[test]")
     marked = "slow" if package == APP else "slow or not slow"
@@ -53,14 +53,14 @@ def slow(session: nox.Session, package: str) -> None:
 
 @nox.session
 def parity(session: nox.Session) -> None:
-    """Compare gpt-core with Hugging Face transformers. Arguments go to pytest."""
+    """Compare gpt-core with Hugging Face transformers. The arguments are passed to pytest."""
     install(session, "packages/gpt-core[parity]")
     session.run("pytest", "packages/gpt-core/parity", *session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting with ruff."""
+    """Check the style and the formatting of the code with ruff."""
     install(session, "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -68,7 +68,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typecheck(session: nox.Session) -> None:
-    """Check types with mypy --strict."""
+    """Check the types with `mypy --strict`."""
     install(session, "mypy", *LIBRARIES, f"{APP}[local]")
     for package in LIBRARIES:
         session.run("mypy", "--strict", f"{package}/src")
@@ -77,7 +77,7 @@ def typecheck(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure every package against plain references, and print one table of ratios."""
+    """Compare the speed of every package with plain code, and print a table of the ratios."""
     install(session, *(f"{package}[bench]" for package in PACKAGES))
     kept = ROOT / ".benchmarks"
     kept.mkdir(exist_ok=True)
@@ -110,14 +110,14 @@ def measure(session: nox.Session) -> None:
 
 @nox.session
 def corpora(session: nox.Session) -> None:
-    """Measure shakespeare-data's corpora: [parsing|similarity|partitions|mapped ...]."""
+    """Measure the corpora of shakespeare-data: [parsing|similarity|partitions|mapped ...]."""
     install(session, "packages/shakespeare-data[plays,torch]")
     session.run("python", "packages/shakespeare-data/benchmarks/corpora.py", *session.posargs)
 
 
 @nox.session
 def federations(session: nox.Session) -> None:
-    """Try flower-adapter in real simulations: [strategies|faults|resume|memory ...]."""
+    """Test flower-adapter in real simulations: [strategies|faults|resume|memory ...]."""
     install(session, "packages/flower-adapter[test]")
     script = "packages/flower-adapter/benchmarks/federations.py"
     for part in session.posargs or ["strategies", "faults", "resume", "memory"]:
@@ -126,7 +126,10 @@ def federations(session: nox.Session) -> None:
 
 @nox.session
 def codecs(session: nox.Session) -> None:
-    """Measure bytes, time and loss of the app at each codec: [key=value ...] [--codecs a,b]."""
+    """Measure message size, time and validation loss of the app for each codec.
+
+    Arguments: [key=value ...] [--codecs a,b].
+    """
     install(session, *LIBRARIES, APP)
     session.run("python", f"{APP}/benchmarks/codecs.py", *session.posargs)
 
@@ -136,7 +139,7 @@ def read_benchmarks(results: Path) -> list[dict]:
 
 
 def row(package: str, found: dict) -> tuple[str, ...]:
-    """Return one line of the table: the medians of both sides, and their ratio."""
+    """Return one line of the table, with our median, the reference's median and their ratio."""
     about, ours = found["extra_info"], found["stats"]["median"]
     reference = about["reference_seconds"]
     return (
@@ -160,7 +163,7 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build wheels and sdists, and try each wheel alone in an empty environment."""
+    """Build wheels and sdists, and test each wheel in a new, empty environment."""
     install(session, "build")
     dist = ROOT / "dist"
     shutil.rmtree(dist, ignore_errors=True)
@@ -186,7 +189,10 @@ def build(session: nox.Session) -> None:
 
 
 def readme_example(readme: Path) -> str:
-    """Return the Python block after the line `<!-- example -->`, or nothing."""
+    """Return the Python block after the line `<!-- example -->` in a README.
+
+    If the README has no such block, return an empty string.
+    """
     text = readme.read_text(encoding="utf-8")
     found = re.search(r"<!-- example -->\n```python\n(.*?)```", text, flags=re.DOTALL)
     return found[1] if found else ""

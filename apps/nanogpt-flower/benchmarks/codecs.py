@@ -2,8 +2,9 @@
 
     python benchmarks/codecs.py [key=value ...] [--codecs fp32,bf16,int8,int4,2-bit]
 
-Each codec serves both directions. "2-bit/int8" means 2-bit for the replies and int8 for the
-messages. For each codec two clients train at the default settings, apart from those given.
+Each codec is used for the messages to the clients and for their replies. "2-bit/int8" means
+2-bit for the replies and int8 for the messages to the clients. For each codec, two clients train
+the model. You can change settings with `key=value`. All other settings have their defaults.
 """
 
 import argparse
@@ -33,7 +34,7 @@ Seconds = dict[str, list[float]]
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Run one federation and return its figures."""
+    """Run the app once in a federation, and return the sizes, the times and the losses."""
     records: list[RoundRecord] = []
     seconds: Seconds = defaultdict(list)
 
@@ -62,14 +63,17 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def median_of(records: list[RoundRecord], name: str, num_clients: int) -> float:
-    """Return the median over the rounds after the first one, whose message is whole."""
+    """Return the median over all rounds except the first, in megabytes for each client.
+
+    The first round is left out because its message carries the whole model.
+    """
     totals = [getattr(record, name) for record in records if record.server_round > 1]
     return statistics.median(totals) / num_clients / 1e6 if totals else float("nan")
 
 
 @contextmanager
 def timed(seconds: Seconds) -> Iterator[None]:
-    """Time each encoding and decoding on both sides."""
+    """Measure the time of each encoding and decoding, on the clients and on the server."""
 
     def wrap(name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:

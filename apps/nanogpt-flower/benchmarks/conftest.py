@@ -1,4 +1,4 @@
-"""Both sides of a comparison in one run: the reference runs before each round of ours."""
+"""Compare our code with a reference. The reference runs before each round of our code."""
 
 from collections.abc import Callable
 from statistics import median
@@ -10,7 +10,11 @@ import pytest
 
 @pytest.fixture
 def compare(benchmark: Any) -> Callable[..., None]:
-    """`compare(ours, reference, reference_name=…, amount=…, unit=…)`: interleaved, medians kept."""
+    """Return a function that measures the time of our code and of a reference.
+
+    Call it as `compare(ours, reference, reference_name=…, amount=…, unit=…)`. The two are measured
+    in turn. The benchmark stores the median of the reference beside the times of our code.
+    """
 
     def run(
         ours: Callable[[], object],
@@ -28,7 +32,7 @@ def compare(benchmark: Any) -> Callable[..., None]:
             reference()
             reference_seconds.append(perf_counter() - start)
 
-        ours()  # warm-up of both sides
+        ours()  # our code and the reference both warm up
         reference()
         benchmark.pedantic(ours, setup=timed_reference, rounds=rounds)
         benchmark.extra_info.update(

@@ -1,4 +1,4 @@
-"""The cost that the federation adds to a client's training."""
+"""Measure how much time Flower and the app add to the training of a client."""
 
 import tomllib
 from collections.abc import Callable
@@ -19,7 +19,11 @@ QUICK = Path(__file__).parents[1] / "presets" / "quick.toml"
 
 
 def test_round_of_a_client(compare: Callable[..., None], tmp_path: Path) -> None:
-    """Compare 100 steps of the quick preset, from arrays to arrays, with the steps alone."""
+    """Compare one round of a client with the training steps alone.
+
+    The round has 100 steps with the preset `quick`. It starts with the arrays that the client
+    receives, and it ends with the arrays that the client sends.
+    """
     text = tmp_path / "text.txt"
     letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, 200_000)
     text.write_text(letters.astype("uint8").tobytes().decode(), encoding="utf-8")
@@ -66,7 +70,7 @@ def test_round_of_a_client(compare: Callable[..., None], tmp_path: Path) -> None
 
 
 def test_batch_beside_its_training_step(compare: Callable[..., None]) -> None:
-    """Compare drawing a batch of the quick preset with the training step that uses it."""
+    """Compare the time to draw a batch with the time of a training step, for the preset `quick`."""
     settings = Settings.from_run_config(
         tomllib.loads(QUICK.read_text(encoding="utf-8")) | {"device": "cpu"}
     )

@@ -1,8 +1,9 @@
-"""Measure one model's loss on Tiny Shakespeare and on the nine plays that replace it offline.
+"""Measure the loss of one model on two texts, which are Tiny Shakespeare and the nine plays.
 
     python benchmarks/two_texts.py runs/<run id>/model
 
-Tiny Shakespeare is read from the cache.
+The app uses the nine plays if Tiny Shakespeare is not available. This script reads Tiny Shakespeare
+from the cache. If it is not in the cache, it is downloaded.
 """
 
 import sys
@@ -17,7 +18,7 @@ if __name__ == "__main__":
     tokenizer = CharTokenizer.load(directory / "tokenizer.json")
     for name in ("tiny-shakespeare", "nine-plays"):
         for side, text in zip(("train", "val"), load_corpus(name).split(), strict=True):
-            tokens = tokenizer.encode(text[-111_540:])  # as many characters of each
+            tokens = tokenizer.encode(text[-111_540:])  # the same length for each text
             batches = sequential_batches(tokens, 16, model.config.block_size)
             loss = evaluate(runtime.prepare(model), batches, runtime=runtime)
             print(f"{name} {side}: {loss:.4f}", flush=True)

@@ -1,4 +1,4 @@
-"""The run directory: the files that a run writes."""
+"""The directory of a run and the files that the run writes into it."""
 
 import io
 import json
@@ -18,7 +18,7 @@ CONFIG_FILE = "config.json"
 MODEL_DIRECTORY = "model"
 TOKENIZER_FILE = "tokenizer.json"
 
-MODEL_KEYS = ("n-layer", "n-head", "n-embd", "block-size")  # a resumed run cannot change them
+MODEL_KEYS = ("n-layer", "n-head", "n-embd", "block-size")  # fixed when a run is resumed
 CORPUS_FIELDS = ("name", "source", "sha256", "licence", "note")
 LIBRARIES = ("gpt-core", "shakespeare-data", "flower-adapter", "flwr", "torch")
 
@@ -50,8 +50,8 @@ def writable_directory(output_dir: str, subdirectory: str = "") -> Path:
 class RunDirectory:
     """The directory of one run, `<output-dir>/<run id>/`.
 
-    Each file is written under a temporary name, synced and then renamed, so that a reader never
-    sees half of it.
+    Each file is written under a temporary name and synced to the disk. Then it gets its final name.
+    Therefore a reader never sees a file that is only half written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,8 +71,8 @@ class RunDirectory:
         """Open the directory of the run that `resume-from` names.
 
         Raises:
-            SettingsError: if the directory has no checkpoints, or if its run trained a model of
-                another size.
+            SettingsError: if the directory has no checkpoints, or if the settings describe a model
+                of a different size than the model of that run.
         """
         path = Path(settings.resume_from).expanduser().resolve()
         if not (path / CHECKPOINTS).is_dir():
@@ -97,13 +97,13 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """The directory of the checkpoints, from which a run can be resumed."""
+        """The directory of the checkpoints. A run can be resumed from a checkpoint."""
         return self.path / CHECKPOINTS
 
     def write_config(
         self, settings: Settings, corpus: Corpus | None, runtime: Runtime, model: GPT
     ) -> None:
-        """Write `config.json`: settings, corpus, versions and the server's device."""
+        """Write the settings, the corpus, the versions and the server's device to `config.json`."""
         config = {
             "settings": settings.to_run_config(),
             "parameters": model.num_parameters(),
@@ -117,7 +117,7 @@ class RunDirectory:
         self._write_text(CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Write `metrics.jsonl`, one line for each round."""
+        """Write `metrics.jsonl` with one line for each round."""
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
         self._write_text("metrics.jsonl", "".join(lines))
 
@@ -127,12 +127,12 @@ class RunDirectory:
         tokenizer.save(self.path / MODEL_DIRECTORY / TOKENIZER_FILE)
 
     def write_sample(self, text: str) -> None:
-        """Write `sample.txt`."""
+        """Write the text to `sample.txt`."""
         self._write_text("sample.txt", text)
 
     def draw_curve(self, validation: Points, training: Points) -> None:
-        """Draw the losses of all rounds in `curve.png`."""
-        from matplotlib.figure import Figure  # imported here, because it takes long
+        """Draw a curve of the losses of all rounds and save it as `curve.png`."""
+        from matplotlib.figure import Figure  # imported here because this import is slow
         from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")

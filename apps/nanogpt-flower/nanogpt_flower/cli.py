@@ -16,7 +16,7 @@ from shakespeare_data import CharTokenizer
 
 
 def load_model(directory: Path) -> tuple[GPT, CharTokenizer]:
-    """Load a model and its tokenizer from a run directory, or from the `model/` in it.
+    """Load a model and its tokenizer from a run directory, or from the directory `model/` in it.
 
     Raises:
         CheckpointError: if the model cannot be loaded or does not fit the tokenizer.
@@ -34,7 +34,7 @@ def load_model(directory: Path) -> tuple[GPT, CharTokenizer]:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    """Print the prompt and the text that the model writes after it, character by character."""
+    """Print the prompt. Then print the text that the model writes, one character at a time."""
     model, tokenizer = load_model(arguments.directory)
     runtime = Runtime.resolve(device=arguments.device, compile="off")
     prompt = arguments.prompt or default_prompt(tokenizer)
@@ -95,12 +95,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
-    A bad input prints one line on stderr, and the status is 2.
+    If the input is bad, the command prints one line on stderr and returns 2.
     """
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except ValueError as error:  # also CheckpointError, ConfigError and DataError
+    except ValueError as error:  # includes CheckpointError, ConfigError and DataError
         print(f"nanogpt-flower: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

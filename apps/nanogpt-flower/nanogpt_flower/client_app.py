@@ -1,4 +1,4 @@
-"""The ClientApp: train and evaluate the global model on this client's own text."""
+"""The ClientApp, which trains and evaluates the global model on this client's own text."""
 
 import logging
 
@@ -23,14 +23,17 @@ logger = logging.getLogger("flwr.nanogpt_flower")
 
 
 def build_model(config: ConfigRecord, context: Context) -> GPT:
-    """Make a model of the run's shape. Its weights come from the server."""
+    """Create a model with the shape that the settings give. The server sends its weights later."""
     settings = Settings.from_run_config(context.run_config)
     tokenizer = CharTokenizer.from_json(str(config["tokenizer"]))
     return GPT(model_config(settings, tokenizer.vocab_size))
 
 
 def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float]:
-    """Train for one round, with the optimizer state of this client's last round."""
+    """Train for one round and return the metrics.
+
+    The optimizer starts from the state that this client had after its previous round.
+    """
     settings = Settings.from_run_config(context.run_config)
     part, name = client_part(settings, config, context), text_name(context)
     seed = client_seed(settings, label(context), int(str(config["server-round"])))
@@ -65,9 +68,11 @@ def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float
 
 
 def num_steps(settings: Settings, part: Part) -> int:
-    """Return the steps of one round: `local-epochs` passes, cut short at `max-steps`.
+    """Return the number of training steps in one round.
 
-    A pass takes as many random windows as the text has, one at each character, as in nanoGPT.
+    The client makes `local-epochs` passes over its text, but at most `max-steps` steps. In a pass
+    it draws random windows, as nanoGPT does. A window can start at any character that has enough
+    text after it. The number of windows in a pass is the number of these characters.
     """
     windows = len(part.train) - settings.block_size
     passes = settings.local_epochs * -(-windows // settings.batch_size)
@@ -75,7 +80,7 @@ def num_steps(settings: Settings, part: Part) -> int:
 
 
 def evaluate_part(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float]:
-    """Return the global model's loss on all of this client's validation text."""
+    """Return the loss of the global model on the whole validation text of this client."""
     settings = Settings.from_run_config(context.run_config)
     part, run = client_part(settings, config, context), runtime(settings)
     batches = sequential_batches(part.val, settings.batch_size, settings.block_size)
@@ -84,13 +89,16 @@ def evaluate_part(model: GPT, config: ConfigRecord, context: Context) -> dict[st
 
 
 def vocabulary(context: Context) -> ConfigRecord:
-    """Return the characters of this client's own text, for a server that has no text."""
+    """Return the vocabulary of this client's text. A server that has no text asks for it."""
     tokenizer = directory_part(context).tokenizer
     return ConfigRecord({"label": text_name(context), "tokenizer": tokenizer.to_json()})
 
 
 def state_directory(context: Context) -> str | None:
-    """Return the directory where this client keeps its state on disk, or None."""
+    """Return the directory where this client keeps its state on disk.
+
+    Return None if the client does not keep its state on disk.
+    """
     return str(context.node_config.get("state-path", context.run_config["client-state"])) or None
 
 

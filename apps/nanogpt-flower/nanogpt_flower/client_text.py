@@ -1,7 +1,7 @@
-"""A client's text. All reading of it happens here, once for each message.
+"""Read the text of a client. A client reads its text once for each message.
 
-`read_part` and `load_corpus` keep what they read, so within one process an unchanged file is not
-read again.
+`read_part` and `load_corpus` keep the texts that they have read. Therefore one process does not
+read an unchanged file again.
 """
 
 from flwr.app import ConfigRecord, Context
@@ -12,10 +12,10 @@ from shakespeare_data import CharTokenizer, DataError, Part, load_corpus, read_p
 
 
 def text_name(context: Context) -> str:
-    """Return the place of this client's text: its data directory, or its partition.
+    """Return the name of this client's data directory, or the name of its partition.
 
     Raises:
-        DataError: the node config names neither.
+        DataError: the node config names neither a data directory nor a partition.
     """
     node = context.node_config
     if "data-path" in node:
@@ -29,10 +29,10 @@ def text_name(context: Context) -> str:
 
 
 def label(context: Context) -> str:
-    """Return this client's name, the same in every run.
+    """Return this client's name, which is the same in every run.
 
-    A client with a data directory is named after its text, wherever the directory lies. Any other
-    client is named after its partition.
+    If the client has a data directory, its name depends on the text and not on the location of the
+    directory. Otherwise the client is named after its partition.
     """
     if "data-path" in context.node_config:
         return f"text {directory_part(context).fingerprint}"
@@ -40,12 +40,12 @@ def label(context: Context) -> str:
 
 
 def client_part(settings: Settings, config: ConfigRecord, context: Context) -> Part:
-    """Return this client's text, checked against the model's vocabulary.
+    """Return this client's text, and check that it has the same vocabulary as the model.
 
     Raises:
-        DataError: the text cannot be read, is too small, or comes from another corpus than the
-            server's.
-        VocabularyMismatch: the text has other characters than the model.
+        DataError: the text cannot be read, or it is too small, or its corpus is not the server's
+            corpus.
+        VocabularyMismatch: the vocabulary of the text differs from the vocabulary of the model.
     """
     tokenizer = CharTokenizer.from_json(str(config["tokenizer"]))
     if "data-path" in context.node_config:
@@ -60,7 +60,7 @@ def directory_part(context: Context, *, block_size: int = 1) -> Part:
     """Read the text of a client that has a data directory.
 
     Raises:
-        DataError: the client has none, or its directory cannot be read.
+        DataError: the client has no data directory, or the directory cannot be read.
     """
     name = text_name(context)
     if "data-path" not in context.node_config:

@@ -1,4 +1,4 @@
-"""Builders that client and server share, so that both build the same from the settings."""
+"""Functions that the client and the server share, so that both read the settings alike."""
 
 import zlib
 
@@ -12,7 +12,7 @@ VOCABULARY = "vocabulary"  # the query for the vocabulary of a client's own text
 
 
 def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
-    """Return the shape of the model."""
+    """Return the configuration of the model, which fixes its shape."""
     return GPTConfig(
         vocab_size=vocab_size,
         block_size=settings.block_size,
@@ -24,17 +24,17 @@ def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
 
 
 def runtime(settings: Settings) -> Runtime:
-    """Return device, precision and compilation for this process."""
+    """Return the device, the precision and the use of compilation for this process."""
     return Runtime.resolve(
         device=settings.device, precision=settings.precision, compile=settings.compile
     )
 
 
 def compression(settings: Settings) -> Compression:
-    """Return the codecs of both directions.
+    """Return the codecs for the messages from clients and for the messages to clients.
 
     Raises:
-        SettingsError: `uplink` or `downlink` names no codec.
+        SettingsError: the value of `uplink` or `downlink` is not the name of a codec.
     """
     try:
         return Compression(uplink=settings.uplink, downlink=settings.downlink)
@@ -47,10 +47,10 @@ def compression(settings: Settings) -> Compression:
 def parts(
     settings: Settings, corpus: Corpus, tokenizer: CharTokenizer, num_clients: int
 ) -> Partition:
-    """Divide the corpus into equal parts. Each part holds at least one window and its targets.
+    """Divide the corpus into equal parts. Each part has at least one window and its targets.
 
     Raises:
-        DataError: the corpus is too small for so many clients.
+        DataError: the corpus is too small for this number of clients.
     """
     needed = settings.block_size + 1
     try:
@@ -63,11 +63,16 @@ def parts(
 
 
 class VocabularyMismatch(ValueError):
-    """Two parties of one run have different characters."""
+    """The error that two texts or models in one run have different vocabularies."""
 
 
 def check_vocabulary(name: str, own: CharTokenizer, other_name: str, other: CharTokenizer) -> None:
-    """Refuse two different vocabularies. The text names both and their difference."""
+    """Check that two vocabularies are equal.
+
+    Raises:
+        VocabularyMismatch: the vocabularies differ. The message names the owner of each vocabulary
+            and lists the characters that only one vocabulary has.
+    """
     if own == other:
         return
 
@@ -84,12 +89,16 @@ def check_vocabulary(name: str, own: CharTokenizer, other_name: str, other: Char
 
 
 def default_prompt(tokenizer: CharTokenizer) -> str:
-    """Return the start of a sample without a prompt: a line break if the text has one."""
+    """Return the text with which a sample starts if the user gives no prompt.
+
+    This is a line break if the vocabulary has one. Otherwise it is the first character of the
+    vocabulary.
+    """
     return "\n" if "\n" in tokenizer.vocab else tokenizer.vocab[0]
 
 
 def sample_prompt(settings: Settings, tokenizer: CharTokenizer) -> str:
-    """Return the start of the sample: the setting if it is given, else `default_prompt`.
+    """Return the setting `sample-prompt`. If it is empty, return the default prompt.
 
     Raises:
         SettingsError: the setting has a character that the corpus does not have.
@@ -104,5 +113,8 @@ def sample_prompt(settings: Settings, tokenizer: CharTokenizer) -> str:
 
 
 def client_seed(settings: Settings, label: str, server_round: int) -> list[int]:
-    """Return the seed of one client in one round. Each pair of client and round has its own."""
+    """Return the seed of one client for one round.
+
+    The seed differs between clients, and it differs between the rounds of one client.
+    """
     return [settings.seed, zlib.crc32(label.encode()), server_round]

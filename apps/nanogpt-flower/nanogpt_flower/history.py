@@ -1,4 +1,4 @@
-"""The rounds so far, as a table in the terminal and as the rows of `metrics.jsonl`."""
+"""Show the finished rounds as a table in the terminal, and write them to `metrics.jsonl`."""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -14,13 +14,13 @@ class Row:
 
     round: int
     train_loss: float | None  # mean over the clients, weighted by num-examples
-    val_loss: float | None  # of the global model on the server's validation text, if it has one
+    val_loss: float | None  # of the global model, on the server's validation text
     client_val_loss: float | None  # mean over the clients' validation texts
     clients: int  # clients whose training was averaged
 
     @classmethod
     def of_round(cls, record: RoundRecord) -> "Row":
-        """Return the row of a round."""
+        """Create the row for one round."""
 
         def metric(metrics: dict[str, Any] | None, name: str) -> Any:
             return None if metrics is None else metrics.get(name)
@@ -35,12 +35,12 @@ class Row:
 
     @property
     def shown_val_loss(self) -> float | None:
-        """The server's validation loss, else the clients'."""
+        """The server's validation loss. If the server has no text, the clients' validation loss."""
         return self.client_val_loss if self.val_loss is None else self.val_loss
 
     @property
     def perplexity(self) -> float | None:
-        """The exponential of the validation loss, capped so that it stays a number."""
+        """The exponential of the validation loss, which is capped so that the result is finite."""
         loss = self.shown_val_loss
         return None if loss is None else math.exp(min(loss, 700.0))
 
@@ -59,7 +59,7 @@ def _cell(value: float | None, width: int, digits: int) -> str:
 
 
 class History:
-    """The rounds so far. Each new round is printed and written at once."""
+    """The list of finished rounds. Each new round is printed and written immediately."""
 
     HEADER = f"{'round':>5}  {'train loss':>10}  {'val loss':>8}  {'perplexity':>10}"
 
@@ -73,7 +73,7 @@ class History:
         """Print the row of a round, write `metrics.jsonl` and draw the curve."""
         if not self.rows:
             print(self.HEADER)
-        self.records.append(replace(record, arrays=None))  # the arrays would fill the memory
+        self.records.append(replace(record, arrays=None))  # all arrays would fill the memory
         self.rows.append(Row.of_round(record))
         print(self.rows[-1], flush=True)
         self.directory.write_metrics(
@@ -85,13 +85,13 @@ class History:
         )
 
     def table(self) -> str:
-        """Return all rows, and below them the notes that a reader needs to compare them."""
+        """Return a table of all rounds. The notes below the table help to compare the rounds."""
         notes = [f"note: {note}" for note in (*self._notes, *_left_out(self.records))]
         return "\n".join([self.HEADER, *map(str, self.rows), *notes])
 
 
 def _left_out(records: list[RoundRecord]) -> list[str]:
-    """Return a line for each client that was left out, and for each reason."""
+    """Return one line for each left-out client and each reason why the client was left out."""
     rounds: dict[tuple[str, int, str], list[int]] = {}
     for record in records:
         for client in record.left_out:

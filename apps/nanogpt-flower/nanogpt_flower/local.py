@@ -1,9 +1,9 @@
-"""Start a Flower federation on this machine, run the app in it once, and stop it.
+"""Start a Flower federation on this machine, run the app once, and stop the federation.
 
-`flwr run` alone exits with status 0 when the run has failed. It also leaves a SuperLink running,
-and later runs reuse that SuperLink with its old environment. Here each run has its own `FLWR_HOME`,
-ports and processes. The exit status is 0 only if the run completed. Every process is stopped at the
-end, also after Ctrl-C.
+`flwr run` exits with status 0 even if the run has failed. It also leaves a SuperLink running, and
+later runs use that SuperLink with its old environment. This module gives each run its own
+`FLWR_HOME`, ports and processes. The exit status is 0 only if the run has completed. At the end of
+the run, or after Ctrl-C, the module stops every process that it has started.
 
     python -m nanogpt_flower.local simulate quick --app apps/nanogpt-flower
     python -m nanogpt_flower.local deploy quick num-server-rounds=2 --app apps/nanogpt-flower
@@ -37,18 +37,18 @@ from nanogpt_flower.settings import Settings
 from shakespeare_data import CORPORA, CharTokenizer, load_corpus, partition
 
 CONNECTION = "local"  # the SuperLink's name in Flower's config.toml
-FEDERATION_ID = "NANOGPT_FLOWER_FEDERATION"  # set in the environment of every process started here
+FEDERATION_ID = "NANOGPT_FLOWER_FEDERATION"  # environment variable that marks each process
 # A shell starts background jobs with SIGINT ignored, so SIGINT needs a handler too. Windows has no
 # SIGHUP.
 ENDING_SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
-START_SECONDS = 60.0  # a SuperLink that does not answer by then has failed to start
-STOP_SECONDS = 10.0  # a process that still lives by then is killed
+START_SECONDS = 60.0  # a SuperLink that takes longer to answer has failed
+STOP_SECONDS = 10.0  # a process that takes longer to end is killed
 
 
 class LocalRunError(RuntimeError):
-    """The federation could not start or its run failed. The message says why."""
+    """The error that the federation did not start or that its run failed. The message says why."""
 
 
 def program(name: str) -> str:
@@ -57,16 +57,17 @@ def program(name: str) -> str:
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 on which nothing listens at the moment."""
+    """Return a port of 127.0.0.1 that no program uses at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class Federation:
-    """A new SuperLink and its SuperNodes, as processes on this machine.
+    """A new SuperLink and its SuperNodes, which are processes on this machine.
 
-    Use it as a context manager. When the context ends, all its processes are stopped.
+    Use it as a context manager. At the end of the context, all processes of the federation are
+    stopped.
     """
 
     def __init__(self, home: Path) -> None:
@@ -75,10 +76,10 @@ class Federation:
         self._id = uuid.uuid4().hex
         self._started: dict[str, subprocess.Popen[bytes]] = {}
         self._environment = os.environ | {
-            # Flower starts its own programs by name alone.
+            # Flower starts its own programs by their names, without a path.
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
             "FLWR_HOME": str(home),
-            "RAY_DEDUP_LOGS": "0",  # Ray would merge the similar progress lines of two clients
+            "RAY_DEDUP_LOGS": "0",  # else Ray merges similar progress lines of two clients
             FEDERATION_ID: self._id,
         }
         home.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ class Federation:
                 env=environment | self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C then reaches this process alone, which stops the others.
+                # Then only this process receives Ctrl-C, and it stops the other processes.
                 start_new_session=True,
             )
         self._started[name] = process
@@ -114,7 +115,8 @@ class Federation:
         """Start the SuperLink and wait until it accepts connections.
 
         Raises:
-            LocalRunError: if it does not within a minute. The message quotes its log.
+            LocalRunError: if the SuperLink accepts no connections within a minute. The message
+                quotes the log of the SuperLink.
         """
         command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port"]
         process = self.start("superlink", [*command, str(self.port), *options])
@@ -127,11 +129,11 @@ class Federation:
         raise LocalRunError(f"the SuperLink did not start: {self.log_tail('superlink')}")
 
     def start_supernode(self, name: str, node_config: str, *, threads: int = 1) -> None:
-        """Start a SuperNode whose PyTorch uses `threads` threads.
+        """Start a SuperNode in which PyTorch uses `threads` threads.
 
-        PyTorch's default is one thread for each core. With several SuperNodes on the same cores,
-        these threads wait for each other, and a step becomes many times slower. If the user has set
-        `OMP_NUM_THREADS`, that number is used instead.
+        By default PyTorch uses one thread for each core. If several SuperNodes share the same
+        cores, their threads wait for each other, and a training step becomes many times slower. If
+        the user has set `OMP_NUM_THREADS`, its value is used instead of `threads`.
         """
         addresses = ["--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port())]
         command = ["flower-supernode", "--insecure", *addresses, "--node-config", node_config]
@@ -141,8 +143,9 @@ class Federation:
         """Run the app with `flwr run --stream` and wait until the run has ended.
 
         Raises:
-            LocalRunError: if the run did not start or did not complete, or if a SuperLink or
-                SuperNode ended before the run did. The message then quotes its log.
+            LocalRunError: if the run did not start or did not complete. Also if the SuperLink or a
+                SuperNode ended before the run. In that case, the message quotes the log of the
+                program that ended.
         """
         config = self.home / "run-config.toml"
         config.write_text(tomli_w.dumps(run_config), encoding="utf-8")
@@ -162,7 +165,7 @@ class Federation:
             raise LocalRunError(details or f"the status of the run is {status}; see the log above")
 
     def _run_status(self) -> tuple[str, str]:
-        """Ask Flower for the status of the newest run, and for its details."""
+        """Ask Flower for the status of the newest run, and for the details of this status."""
         listed = subprocess.run(
             [program("flwr"), "list", CONNECTION, "--format", "json"],
             env=self._environment,
@@ -183,15 +186,15 @@ class Federation:
         return "\n".join(self.log(name)[-lines:])
 
     def log_summary(self, name: str) -> str:
-        """Return the lines of a SuperNode's log that name its text or an error."""
+        """Return the lines in a SuperNode's log that name the SuperNode's text or an error."""
         kept = ("trains on", "ERROR", "Error:")
         return "\n".join(line for line in self.log(name) if any(word in line for word in kept))
 
     def processes(self) -> set[psutil.Process]:
-        """Find every living process that this federation or one of its processes has started."""
+        """Find all running processes that this federation or one of its processes has started."""
         marked = {process for process in psutil.process_iter() if self._is_marked(process)}
-        # Ray's agents overwrite their environment when they rename themselves. Their parents
-        # still have it.
+        # Ray's agents overwrite their environment when they rename themselves. The parents of
+        # these agents still have the mark, so the agents are found as children.
         return marked.union(*(_descendants(process) for process in marked))
 
     def _is_marked(self, process: psutil.Process) -> bool:
@@ -201,10 +204,13 @@ class Federation:
             return False  # the process belongs to another user or has ended
 
     def stop(self) -> None:
-        """Terminate every process, kill those that still live after ten seconds, and wait."""
+        """Terminate every process, and wait until all processes have ended.
+
+        Processes that still run after ten seconds are killed.
+        """
         terminated: set[psutil.Process] = set()
         deadline = time.monotonic() + STOP_SECONDS
-        # A process may start another one while it ends, so look for new ones each time.
+        # A process may start a new process while it ends, so look for new processes each time.
         while living := {process for process in self.processes() | terminated if _lives(process)}:
             late = time.monotonic() > deadline
             for process in living if late else living - terminated:
@@ -263,7 +269,10 @@ def read_run_config(app: Path, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """Parse a TOML value. Keep anything else as a text, since a shell removes its quotes."""
+    """Parse a TOML value. If the text is not a TOML value, return the text itself.
+
+    A string value is often not valid TOML here, because the shell has removed its quotes.
+    """
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -271,7 +280,9 @@ def _value(text: str) -> Any:
 
 
 def make_paths_absolute(run_config: dict[str, Any]) -> None:
-    """Make the paths in a run config absolute, since the SuperLink works in another directory.
+    """Make the paths in a run config absolute.
+
+    The SuperLink may run in a different directory than this process.
 
     Raises:
         LocalRunError: if a path begins with the home directory of an unknown user.
@@ -287,15 +298,15 @@ def make_paths_absolute(run_config: dict[str, Any]) -> None:
             path = Path(value).expanduser().resolve()
         except RuntimeError as error:
             raise LocalRunError(f"{key} is {value!r}: {error}") from error
-        if key != "corpus" or path.exists():  # `load_corpus` explains an unknown name better
+        if key != "corpus" or path.exists():  # else `load_corpus` explains the unknown name
             run_config[key] = str(path)
 
 
 def check_run_config(run_config: Mapping[str, Any], num_clients: int) -> None:
-    """Make the ServerApp's checks before any program starts, so that a mistake shows at once.
+    """Check the settings as the ServerApp does, but before any program starts.
 
     Raises:
-        ValueError: if a setting cannot work. The message names it and what is allowed.
+        ValueError: if a setting cannot work. The message names the setting and what is allowed.
     """
     settings = Settings.from_run_config(run_config)
     runtime(settings)
@@ -327,7 +338,8 @@ def simulate(app: Path, run_config: Mapping[str, Any], options: argparse.Namespa
 def deploy(app: Path, run_config: Mapping[str, Any], options: argparse.Namespace) -> None:
     """Run the app once in Flower's Deployment Runtime.
 
-    The text is divided into one directory for each client, and each SuperNode is given its own.
+    The text is divided into parts, one for each client. Each SuperNode gets a directory with one
+    part.
     """
     corpus = str(run_config.get("corpus", "auto"))
     text = load_corpus("auto" if corpus == NO_CORPUS else corpus)
@@ -355,7 +367,7 @@ def _temporary_federation() -> Iterator[Federation]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the app once. The exit status is 0 only if the run completed."""
+    """Run the app once and return the exit status, which is 0 only if the run has completed."""
     parser = argparse.ArgumentParser(
         prog="python -m nanogpt_flower.local",
         description="Run the app once in a Flower federation on this machine.",
@@ -401,10 +413,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_resources(options: argparse.Namespace) -> None:
-    """Check the number of clients and their shares of this machine's cores and GPUs.
+    """Check the number of clients, and the number of cores and GPUs for each client.
 
     Raises:
-        ValueError: if this machine cannot give them. The message names the option.
+        ValueError: if an option is not allowed or asks for more than this machine has. The message
+            names the option.
     """
     clients, cpus, gpus = options.num_clients, options.cpus, options.gpus
     if clients < 1:
@@ -426,7 +439,7 @@ def check_resources(options: argparse.Namespace) -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    for number in ENDING_SIGNALS:  # a second Ctrl-C must not interrupt the stopping of processes
+    for number in ENDING_SIGNALS:  # a second Ctrl-C must not interrupt `Federation.stop`
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 

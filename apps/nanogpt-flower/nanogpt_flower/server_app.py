@@ -1,4 +1,4 @@
-"""The ServerApp: average the clients' training, evaluate the average, and write a sample."""
+"""The ServerApp, which averages the clients' models, evaluates the average and writes a sample."""
 
 import logging
 import time
@@ -33,7 +33,7 @@ from nanogpt_flower.history import History
 from nanogpt_flower.settings import Settings
 from shakespeare_data import CharTokenizer, Corpus, DataError, load_corpus, sequential_batches
 
-REMIND_SECONDS = 30.0  # between two log lines about missing clients
+REMIND_SECONDS = 30.0  # time between two log lines about missing clients
 NO_CORPUS_NOTE = "the server has no text: val loss is the mean over the clients' own text"
 
 app = ServerApp()
@@ -42,7 +42,7 @@ logger = logging.getLogger("flwr.nanogpt_flower")
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Build all parts of the run, run the rounds, and write the sample."""
+    """Prepare the run, run all rounds, and write the sample."""
     settings = Settings.from_run_config(context.run_config)
     run, codecs = runtime(settings), compression(settings)
     corpus = None if settings.corpus == NO_CORPUS else load_corpus(settings.corpus)
@@ -67,7 +67,7 @@ def main(grid: Grid, context: Context) -> None:
         return MetricRecord({"val-loss": evaluate(prepared, batches, runtime=run)})
 
     def finish_round(record: RoundRecord) -> None:
-        if not history.rows:  # nothing is written before the run has begun
+        if not history.rows:  # before this point, nothing has been written
             directory.write_config(settings, corpus, run, model)
         if record.arrays is not None:
             load_arrays(model, record.arrays)
@@ -112,7 +112,7 @@ def run_directory(settings: Settings, context: Context) -> RunDirectory:
 
 
 def config_for_clients(corpus: Corpus | None, tokenizer: CharTokenizer) -> ConfigRecord:
-    """Return what a client must know about the model's vocabulary and the server's corpus."""
+    """Return the vocabulary of the model and the name and SHA-256 of the server's corpus."""
     return ConfigRecord(
         {
             "tokenizer": tokenizer.to_json(),
@@ -123,7 +123,7 @@ def config_for_clients(corpus: Corpus | None, tokenizer: CharTokenizer) -> Confi
 
 
 def strategy(settings: Settings) -> StreamingFedAvg:
-    """Return federated averaging with the fractions and counts of the settings."""
+    """Create the strategy for federated averaging from the settings."""
     return StreamingFedAvg(
         fraction_train=settings.fraction_train,
         fraction_evaluate=settings.fraction_evaluate,
@@ -134,7 +134,10 @@ def strategy(settings: Settings) -> StreamingFedAvg:
 
 
 def wait_for_clients(grid: Grid, least: int) -> list[int]:
-    """Wait until `least` nodes are connected, and return all of them. Log the count at times."""
+    """Wait until at least `least` nodes are connected, and return all connected nodes.
+
+    While the function waits, it logs the number of connected nodes from time to time.
+    """
     last_log, last_count = -float("inf"), -1
     while len(nodes := sorted(grid.get_node_ids())) < least:
         if len(nodes) != last_count or time.monotonic() - last_log > REMIND_SECONDS:
@@ -148,8 +151,8 @@ def ask_vocabulary(grid: Grid, settings: Settings) -> CharTokenizer:
     """Ask the clients for the vocabulary of their texts.
 
     Raises:
-        DataError: a client has no text of its own, or no client answers.
-        VocabularyMismatch: two clients differ. The text names both.
+        DataError: a client reports an error, for example that it has no text. Or no client answers.
+        VocabularyMismatch: two clients have different vocabularies. The message names both clients.
     """
     nodes = wait_for_clients(grid, settings.min_clients)
     queries = [Message(RecordDict(), node, f"query.{VOCABULARY}") for node in nodes]
@@ -167,7 +170,7 @@ def ask_vocabulary(grid: Grid, settings: Settings) -> CharTokenizer:
 
 
 def write(model: GPT, tokenizer: CharTokenizer, prompt: str, settings: Settings) -> Iterator[str]:
-    """Yield the characters of the sample."""
+    """Write the sample with the model, and yield it one character at a time."""
     tokens = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))[None]
     for token in stream(
         model,

@@ -1,6 +1,7 @@
-"""The settings of a run. This file alone defines their keys, defaults, ranges and descriptions.
+"""The settings of a run. Only this file defines their keys, defaults, ranges and descriptions.
 
-`python -m nanogpt_flower.settings` prints them as the table that the app's README shows.
+`python -m nanogpt_flower.settings` prints all settings as a table. The README of the
+app shows this table.
 """
 
 import json
@@ -13,7 +14,7 @@ Value = bool | int | float | str
 
 
 class SettingsError(ValueError):
-    """Settings that cannot work. The message names each key, its value and the allowed values."""
+    """The error for settings that cannot work. The message names them and what is allowed."""
 
 
 def _setting(
@@ -40,7 +41,7 @@ def _text(default: str, description: str, allowed: str, *, may_be_empty: bool = 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run, checked. Each field is a key of `--run-config` in snake case."""
+    """The settings of a run. Each field is a key of `--run-config`, with `_` in place of `-`."""
 
     num_server_rounds: int = _whole_number(
         5, "Number of rounds of training and averaging.", least=1
@@ -213,10 +214,10 @@ class Settings:
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Value]) -> "Settings":
-        """Check a run config and convert it. Settings that are not in it keep their defaults.
+        """Check a run config and create the settings from it. Missing settings get their defaults.
 
         Raises:
-            SettingsError: if a key or a value is bad. The message names all of them.
+            SettingsError: if a key or a value is bad. The message names all bad keys and values.
         """
         known = {_key(item.name): item for item in fields(cls)}
         values: dict[str, Any] = {}
@@ -254,7 +255,7 @@ class Settings:
         return found
 
     def to_run_config(self) -> dict[str, Value]:
-        """Return every setting under its key of `--run-config`."""
+        """Return all settings as a run config. Each key is a key of `--run-config`."""
         return {_key(name): value for name, value in asdict(self).items()}
 
 
@@ -263,7 +264,7 @@ def _key(field_name: str) -> str:
 
 
 def markdown_table() -> str:
-    """Return a table of all settings, in Markdown."""
+    """Return a table of all settings in Markdown."""
     lines = ["| key | default | allowed | description |", "|---|---|---|---|"]
     for item in fields(Settings):
         default = json.dumps(item.default)
