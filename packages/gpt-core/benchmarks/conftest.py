@@ -1,4 +1,4 @@
-"""A fixture that measures gpt-core and a reference in turns, in one run."""
+"""Define a fixture that measures gpt-core and a reference alternately, in one run."""
 
 from collections.abc import Callable
 from statistics import median
@@ -10,10 +10,11 @@ import pytest
 
 @pytest.fixture
 def compare(benchmark: Any) -> Callable[..., None]:
-    """Return a function that measures `ours` with pytest-benchmark and `reference` beside it.
+    """Return a function that measures `ours` with pytest-benchmark, and also measures `reference`.
 
-    The reference runs before each round of `ours`, so that both see the same load of the machine.
-    Its median time goes into the report. `amount` counts the work of one call in `unit`.
+    `reference` runs before each round of `ours`, so that the load on the machine is the same for
+    both functions. The report contains the median time of `reference`. `amount` is the work done in
+    one call, measured in `unit`.
     """
 
     def run(
@@ -32,7 +33,7 @@ def compare(benchmark: Any) -> Callable[..., None]:
             reference()
             reference_seconds.append(perf_counter() - start)
 
-        ours()  # one call of each to warm up
+        ours()  # one call of each function to warm up
         reference()
         benchmark.pedantic(ours, setup=timed_reference, rounds=rounds)
         benchmark.extra_info.update(

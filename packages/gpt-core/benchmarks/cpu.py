@@ -51,14 +51,14 @@ Step = Callable[[], object]
 
 
 def seconds(step: Step) -> float:
-    """Return the seconds that one call takes."""
+    """Measure how many seconds one call of the function takes."""
     start = perf_counter()
     step()
     return perf_counter() - start
 
 
 def take_turns(sides: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each candidate, after one warm-up turn."""
+    """Measure each candidate in turns, and return its median seconds after one warm-up turn."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, step in sides.items():
@@ -87,7 +87,7 @@ def plain_step(x: Tensor, y: Tensor) -> Step:
 
 
 def hugging_face(model: GPT, dropout: float) -> Any:
-    """Convert the model to `transformers`, with this rate for all its dropouts."""
+    """Convert the model to `transformers`, and use the given rate for every kind of dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     state_dict, config = to_hf_gpt2(model)
@@ -109,7 +109,7 @@ def has_transformers() -> bool:
 def products(rows: int) -> Step:
     """Return a function that computes only the matrix products of one training step.
 
-    These are the products of linear layers and head. Those of attention are left out.
+    These are the products in the linear layers and the head, but not the products in attention.
     """
     C, N = CONFIG.n_embd, rows * CONFIG.block_size
     shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)] * CONFIG.n_layer
@@ -133,7 +133,7 @@ def products(rows: int) -> Step:
 
 
 def training(options: argparse.Namespace) -> None:
-    """Print the time of a training step of each candidate."""
+    """Print the time of one training step for each candidate."""
     x, y = batch()
     runtime = Runtime.resolve(device="cpu")
     print(f"training step: {runtime}, {torch.get_num_threads()} threads")
@@ -170,7 +170,7 @@ def training(options: argparse.Namespace) -> None:
 def peak_mib() -> float:
     """Return the largest resident memory of this process so far, in MiB."""
     status = Path("/proc/self/status")
-    if status.exists():  # `getrusage` may include the parent process
+    if status.exists():  # because `getrusage` may include the parent process
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
     unit = 1 if sys.platform == "darwin" else 2**10
@@ -178,8 +178,8 @@ def peak_mib() -> float:
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Print the peak memory of a training step, measured in a new process for each model."""
-    if options.side:  # this is such a process
+    """Print the peak memory of a training step. Each model is measured in a new process."""
+    if options.side:  # this process was started to measure one model
         before = peak_mib()
         x, y = batch()
         {"plain": plain_step, "ours": our_step}[options.side](x, y)()
@@ -217,7 +217,7 @@ PARTS = {
 
 
 def profile(options: argparse.Namespace) -> None:
-    """Print how the time of a training step is divided among kinds of operations."""
+    """Print how much time of a training step each kind of operation takes."""
     x, y = batch()
     for name, step in (("plain", plain_step(x, y)), ("ours", our_step(x, y))):
         step()
@@ -234,10 +234,10 @@ def profile(options: argparse.Namespace) -> None:
 
 
 def load_text(path: Path) -> Tensor:
-    """Encode a text with at most 65 ids, one for each character.
+    """Encode each character of a text as an id, with at most 65 different ids.
 
-    If the text has more than 65 characters, the 64 most frequent ones get ids of their own, and all
-    others share one.
+    If the text has more than 65 different characters, the 64 most frequent characters get their own
+    ids, and all other characters share one id.
     """
     text = path.read_text(encoding="utf-8")
     frequent = [character for character, _ in Counter(text).most_common(64)]
@@ -248,7 +248,7 @@ def load_text(path: Path) -> Tensor:
 
 
 def windows(ids: Tensor, rows: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draw random batches without end."""
+    """Draw random batches of windows, without end."""
     generator = torch.Generator().manual_seed(seed)
     T = CONFIG.block_size
     while True:
@@ -258,7 +258,7 @@ def windows(ids: Tensor, rows: int, seed: int) -> Iterator[tuple[Tensor, Tensor]
 
 
 def copy_weights(plain: PlainGPT, model: GPT) -> None:
-    """Give the plain model the weights of the GPT."""
+    """Copy the weights of the GPT into the plain model."""
     given = model.state_dict()
     own = {}
     for name in plain.state_dict():
@@ -275,7 +275,7 @@ def copy_weights(plain: PlainGPT, model: GPT) -> None:
 
 
 def loss(options: argparse.Namespace) -> None:
-    """Train the plain model and gpt-core from equal weights and print their losses."""
+    """Train the plain model and gpt-core from the same initial weights, and print both losses."""
     ids = load_text(options.text)
     train, val = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
     fixed = list(itertools.islice(windows(val, 16, seed=1), 4))
@@ -318,7 +318,7 @@ def loss(options: argparse.Namespace) -> None:
 
 
 def cached_perplexity(model: GPT, x: Tensor, y: Tensor) -> float:
-    """Compute the perplexity of windows (B, T) with the cache, one token at a time."""
+    """Compute the perplexity on windows (B, T), one token at a time, with the cache."""
     total = 0.0
     with torch.inference_mode():
         cache = KVCache(model.config, len(x), like=model.transformer.wte.weight)
@@ -329,7 +329,7 @@ def cached_perplexity(model: GPT, x: Tensor, y: Tensor) -> float:
 
 
 def generation(options: argparse.Namespace) -> None:
-    """Print the time of generating 256 and 2,000 tokens with each candidate."""
+    """Print the time that each candidate needs to generate 256 and 2,000 tokens."""
     model = from_pretrained(options.model) if options.model else GPT(CONFIG).eval()
     quantized = int8_weights(model)
     prompt = torch.zeros(1, 16, dtype=torch.int64)

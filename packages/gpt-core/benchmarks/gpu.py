@@ -6,7 +6,7 @@
 The script needs torch, numpy and safetensors. It imports gpt-core from the source directory.
 "plain" is the model in plain.py: eager fp32 without TF32, and PyTorch's default AdamW. "ours" is
 gpt-core with `Runtime.resolve(compile="on")`: bf16, one compiled graph, flash attention and fused
-AdamW. FLOPs utilisation (MFU) is based on `GPT.flops_per_token`.
+AdamW. The FLOPs utilisation (MFU) is computed with `GPT.flops_per_token`.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from plain import PlainGPT, eager_step
 
 from gpt_core import GPT, GPTConfig, Runtime, build_optimizer, train_steps
 
-# FLOP/s in dense bf16, from the manufacturers' data sheets
+# FLOP/s for dense bf16 products, from the manufacturers' data sheets
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 MODELS = {
     "baby GPT": (GPTConfig(), 64),
     "GPT-2 124M": (GPTConfig(50304, 1024, 12, 12, 768, dropout=0.0), 16),
 }
-STEPS_PER_CALL = 10  # of `train_steps`
+STEPS_PER_CALL = 10  # training steps in one call of `train_steps`
 Step = Callable[[], object]
 
 

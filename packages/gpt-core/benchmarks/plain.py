@@ -1,4 +1,4 @@
-"""The same GPT as it is usually written: eager fp32, with dropout in attention too."""
+"""Define the same GPT in its usual form: eager fp32, with dropout in attention too."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from gpt_core import GPTConfig
 
 
 class PlainBlock(nn.Module):
-    """A transformer block with explicit attention weights, (B, T, C) to (B, T, C)."""
+    """A transformer block that computes its attention weights as a tensor."""
 
     def __init__(self, config: GPTConfig, p: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Print the largest differences that the tests measured, at the end of their report."""
+"""Print the largest measured differences at the end of the test report."""
 
 from collections import defaultdict
 from typing import Any

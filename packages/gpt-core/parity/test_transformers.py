@@ -1,4 +1,4 @@
-"""Compare with GPT-2 in `transformers`: equal weights give equal logits, gradients and text."""
+"""Test that gpt-core and GPT-2 in `transformers` give equal logits, gradients and text."""
 
 import itertools
 from typing import Any
@@ -14,7 +14,8 @@ from gpt_core.generate import _Sampler
 SHAPES = [(1, 1, 4), (2, 4, 16), (3, 2, 12), (2, 3, 96), (6, 6, 384)]  # n_layer, n_head, n_embd
 GELUS = ["gelu", "gelu_new"]
 ATTENTIONS = ["eager", "sdpa"]
-# fp32 sums of a few hundred terms in another order change logits of up to about 10 by a few 1e-6.
+# Logits are up to about 10. Summing a few hundred fp32 terms in another order than the reference
+# changes them by a few 1e-6.
 TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-12}
 CONFIGURATIONS = list(itertools.product(SHAPES, GELUS, ATTENTIONS, TOLERANCE))
 
@@ -22,7 +23,7 @@ CONFIGURATIONS = list(itertools.product(SHAPES, GELUS, ATTENTIONS, TOLERANCE))
 def transformers_model(
     shape: tuple[int, int, int], activation: str, attention: str, **changes: Any
 ) -> Any:
-    """Build a GPT2LMHeadModel with random weights, biases and norms."""
+    """Build a GPT2LMHeadModel whose weights, biases and norms are random."""
     n_layer, n_head, n_embd = shape
     config = GPT2Config(
         vocab_size=65,
@@ -72,7 +73,7 @@ def test_logits_loss_and_gradients_match_transformers(
     gradients = to_hf_gpt2(with_gradients_as_weights(model)).state_dict
     for name, parameter in reference.named_parameters():
         error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
-        # A bias of the keys adds the same to all scores of a query, so its true gradient is 0.
+        # A bias of the keys adds the same number to all scores of a query. Its true gradient is 0.
         if not name.endswith("c_attn.bias"):
             assert error < 2e-5, name
 

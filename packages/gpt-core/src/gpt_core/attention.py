@@ -1,10 +1,10 @@
-"""Causal self-attention for training on a CPU, computed in blocks of matrix products.
+"""Compute causal self-attention in blocks of matrix products, for training on a CPU.
 
-PyTorch's flash attention for CPUs is much slower than its matrix products. This module cuts the
-queries into blocks. Each block is multiplied only with the keys up to its own end, so little more
-than the causal half is computed. The forward pass stores the attention weights, and the backward
-pass reuses them. They take about 2 B n_head T^2 bytes in fp32, so long sequences use the flash
-kernel instead.
+PyTorch's flash attention for CPUs is much slower than PyTorch's matrix products. This module cuts
+the queries into blocks. It multiplies each block of queries only with the keys up to the end of
+that block. It therefore computes little more than the causal half of the attention matrix. The
+forward pass stores the attention weights, and the backward pass reuses them. The weights take about
+2 B n_head T^2 bytes in fp32, so long sequences use the flash kernel instead.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 64  # queries; of 32, 64, 128 and 256 the fastest at T = 256 and head size 64
+BLOCK = 64  # queries; faster than 32, 128 and 256 at T = 256 and head size 64
 MAX_LENGTH = 512  # tokens
 
 
@@ -48,7 +48,7 @@ class _BlockedCausalAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if (
             torch.is_grad_enabled()
-        ):  # with create_graph, autograd would treat the result as constant
+        ):  # with create_graph, autograd would treat the result as a constant
             raise RuntimeError("blocked attention has no second derivative")
         heads, *weights = ctx.saved_tensors
         B, T, n_head, D = ctx.shape
@@ -57,8 +57,8 @@ class _BlockedCausalAttention(torch.autograd.Function):
         grad = grad.view(B, T, n_head, D).transpose(1, 2).reshape(B * n_head, T, D)
         out = grad.new_empty(B, T, 3, n_head, D)
         dq, dk, dv = out.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, D)
-        # For each block of keys, one contiguous pair of sums: the gradients of its keys and values.
-        # Its own queries create the pair, and all later queries add to it.
+        # Each block of keys has a contiguous pair of sums: the gradients of its keys and values.
+        # The queries of the same block create the pair, and all later queries add to the pair.
         sums: list[tuple[Tensor, Tensor]] = []
         for (start, end), p in zip(_blocks(T), weights, strict=True):
             g, queries = grad[:, start:end], q[:, start:end]
@@ -79,21 +79,22 @@ def blocked_causal_attention(qkv: Tensor, n_head: int) -> Tensor:
     """Compute causal self-attention in blocks of matrix products.
 
     Args:
-        qkv: (B, T, 3 C), contiguous, of any floating dtype. The last dimension holds queries, keys
-            and values, each with n_head heads of C / n_head channels.
+        qkv: (B, T, 3 C), contiguous, in any floating dtype. The last dimension holds queries, keys
+            and values. Each of these has n_head heads with C / n_head channels.
         n_head: number of heads. It must divide C.
 
     Returns:
-        (B, T, C), in the dtype of `qkv`. It can be differentiated once.
+        (B, T, C), in the dtype of `qkv`. The result can be differentiated once, but not twice.
     """
     attended: Tensor = _BlockedCausalAttention.apply(qkv, n_head)  # type: ignore[no-untyped-call]
     return attended
 
 
 def blocked_is_faster(qkv: Tensor) -> bool:
-    """Return whether `blocked_causal_attention` is the faster choice for `qkv`, (B, T, 3 C).
+    """Return whether to use `blocked_causal_attention` for `qkv`, (B, T, 3 C).
 
-    It is for training on a CPU in fp32 or float64, with 2 to 512 tokens.
+    It is faster than PyTorch's attention for training on a CPU in fp32 or float64, with 2 to 512
+    tokens.
     """
     return (
         qkv.device.type == "cpu"

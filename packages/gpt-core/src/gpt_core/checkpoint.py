@@ -1,4 +1,4 @@
-"""Saving and loading a model as `config.json` and `model.safetensors`."""
+"""Save and load a model as `config.json` and `model.safetensors`."""
 
 import json
 import tempfile
@@ -21,9 +21,9 @@ EMBEDDING = "transformer.wte.weight"
 
 
 class CheckpointError(ValueError):
-    """A model that cannot be loaded, saved or converted.
+    """An error for a model that cannot be loaded, saved or converted.
 
-    The message names the file or the model, and each key or tensor that is wrong.
+    The message names the file or the model. It also names each key or tensor that is wrong.
     """
 
 
@@ -31,15 +31,15 @@ def save_pretrained(model: GPT, directory: str | Path) -> None:
     """Save the model as `config.json` and `model.safetensors`.
 
     Both files are written to a temporary directory and moved when they are complete. A failed save
-    therefore leaves an older model intact, unless the second move fails.
+    therefore leaves an older model in the directory intact, unless the second move fails.
 
     Args:
-        model: the model. Of a compiled model, the model inside is saved.
+        model: the model. If it is compiled, the original model inside the wrapper is saved.
         directory: the directory to write to. It is created if it does not exist.
 
     Raises:
-        CheckpointError: if the directory cannot be written, or if the model no longer has the
-            tensors of its configuration (for example with int8 weights).
+        CheckpointError: if the directory cannot be written, or if the model's tensors no longer
+            match its configuration (for example, with int8 weights).
     """
     directory = Path(directory)
     model = uncompiled(model)
@@ -51,7 +51,7 @@ def save_pretrained(model: GPT, directory: str | Path) -> None:
             weights, config = Path(temporary) / WEIGHTS_FILE, Path(temporary) / CONFIG_FILE
             save_file(tensors, weights, metadata={"format": "pt"})
             config.write_text(settings, encoding="utf-8")
-            # safetensors makes its file readable by the owner only; give it the umask's mode
+            # safetensors makes the file readable by the owner only; set the usual mode instead
             weights.chmod(config.stat().st_mode)
             for written in (weights, config):
                 written.replace(directory / written.name)
@@ -63,12 +63,12 @@ def from_pretrained(directory: str | Path) -> GPT:
     """Load a model that `save_pretrained` wrote.
 
     Returns:
-        The model on the CPU, in its saved dtype and in evaluation mode. No random numbers are
-        drawn.
+        The model on the CPU, in the dtype in which it was saved, and in evaluation mode. Loading
+        draws no random numbers.
 
     Raises:
-        CheckpointError: if a file is missing or unreadable, a setting is unknown or out of its
-            range, or a tensor's name, shape or dtype does not fit the configuration.
+        CheckpointError: if a file is missing or unreadable, if a setting is unknown or out of
+            range, or if the name, shape or dtype of a tensor does not match the configuration.
     """
     directory = Path(directory)
     config = _read_config(directory / CONFIG_FILE)
@@ -84,12 +84,13 @@ def from_pretrained(directory: str | Path) -> GPT:
 
 
 def weights_of(model: GPT) -> dict[str, Tensor]:
-    """Return the model's tensors by name, without the head, which shares the embedding.
+    """Return a dictionary from names to tensors of the model.
 
-    The tensors share memory with the model.
+    The head is left out, because it is the same tensor as the embedding. The returned tensors share
+    memory with the model.
 
     Raises:
-        CheckpointError: if the model no longer has the tensors of its configuration.
+        CheckpointError: if the model's tensors no longer match its configuration.
     """
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     head = tensors.pop(HEAD, None)
@@ -102,22 +103,22 @@ def weights_of(model: GPT) -> dict[str, Tensor]:
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors have the same dtype, shape and values. NaN equals NaN."""
+    """Return whether two tensors have equal dtypes, shapes and values. NaN is equal to NaN."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _empty(config: GPTConfig) -> GPT:
-    """Build a model without memory for its weights and without drawing random numbers."""
+    """Build a model without allocating its weights and without drawing random numbers."""
     with torch.device("meta"):
         return GPT(config)
 
 
 def mismatches(config: GPTConfig, tensors: Mapping[str, Tensor]) -> list[str]:
-    """List how these tensors differ from the weights that the configuration needs.
+    """List the differences between these tensors and the weights that the configuration needs.
 
-    Each entry is a text about one tensor. The list is empty if all tensors fit.
+    Each entry describes the problem with one tensor. The list is empty if all tensors fit.
     """
     expected = {name: t.shape for name, t in _empty(config).state_dict().items() if name != HEAD}
     wrong = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
@@ -143,7 +144,7 @@ def mismatches(config: GPTConfig, tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def assemble(config: GPTConfig, tensors: Mapping[str, Tensor]) -> GPT:
-    """Build a model in evaluation mode from tensors that fit, without copying them."""
+    """Build a model in evaluation mode from matching tensors, without copying the tensors."""
     model = _empty(config)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.lm_head.weight = model.transformer.wte.weight

@@ -1,4 +1,4 @@
-"""Settings of a GPT: its shape, its dropout and its activation."""
+"""Define the settings of a GPT: its shape, its dropout and its activation."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -6,28 +6,28 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work. The message gives its name, its value and what is allowed."""
+    """An error for an invalid setting. The message says which values are allowed."""
 
 
 @dataclass(frozen=True)
 class GPTConfig:
     """Settings of a GPT. The defaults are nanoGPT's baby GPT.
 
-    That model has 10.65M parameters without its position embeddings.
+    The baby GPT has 10.65M parameters, not counting its position embeddings.
 
     Raises:
-        ConfigError: if a value is out of its range.
+        ConfigError: if a value is out of range.
     """
 
-    vocab_size: int = 65  # distinct tokens
-    block_size: int = 256  # tokens of context
+    vocab_size: int = 65  # number of distinct tokens
+    block_size: int = 256  # number of tokens of context
     n_layer: int = 6
     n_head: int = 6
-    n_embd: int = 384  # channels; must be divisible by n_head
-    dropout: float = 0.2  # rate, on the embeddings and on both residual branches
-    attention_dropout: float = 0.0  # rate, on attention weights; above 0 it is slow on a CPU
-    bias: bool = False  # in linear layers and layer norms
-    gelu_approximate: str = "none"  # "none" (nanoGPT) or "tanh" (GPT-2), as in torch's gelu
+    n_embd: int = 384  # number of channels; must be divisible by n_head
+    dropout: float = 0.2  # rate for the embeddings and both residual branches
+    attention_dropout: float = 0.0  # rate for attention weights; slow on a CPU if above 0
+    bias: bool = False  # whether linear layers and layer norms have biases
+    gelu_approximate: str = "none"  # "none" (nanoGPT) or "tanh" (GPT-2), as in torch's `gelu`
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -58,7 +58,7 @@ class GPTConfig:
         """Build a configuration from the dictionary that `to_dict` returned.
 
         Raises:
-            ConfigError: if a key is unknown or a value is out of its range.
+            ConfigError: if a key is unknown or a value is out of range.
         """
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(settings) - known)

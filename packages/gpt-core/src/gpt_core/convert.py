@@ -1,7 +1,7 @@
-"""Converters between `GPT` and the checkpoints of nanoGPT and of Hugging Face's GPT-2.
+"""Convert between `GPT` and the checkpoints of nanoGPT and Hugging Face's GPT-2.
 
-Both formats use the tensor names of `GPT`. Hugging Face's GPT-2 always has biases. It stores the
-four matrices of a block transposed, as (in_features, out_features).
+Both formats use the same tensor names as `GPT`. Hugging Face's GPT-2 always has biases. It stores
+the four matrices of each block transposed, with shape (in_features, out_features).
 """
 
 import pickle
@@ -27,7 +27,7 @@ from gpt_core.config import ConfigError, GPTConfig
 from gpt_core.model import GPT, uncompiled
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # saved by older releases
+_MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # saved by older releases of `transformers`
 _WRAPPERS = ("module.", "_orig_mod.")  # from DistributedDataParallel and torch.compile
 _GELUS = {
     "gelu": "none",
@@ -36,7 +36,7 @@ _GELUS = {
     "gelu_fast": "tanh",
     "gelu_pytorch_tanh": "tanh",
 }
-# Settings of GPT-2's configuration that `GPT` supports with one value only.
+# Settings in GPT-2's configuration for which `GPT` supports only a single value.
 _FIXED_SETTINGS = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -44,7 +44,7 @@ _FIXED_SETTINGS = {
     "layer_norm_epsilon": 1e-5,
 }
 
-# Errors that `torch.load` raised in trials with missing, truncated and randomly changed files.
+# Errors that `torch.load` raised for missing, truncated and randomly changed files in our trials.
 _LOAD_ERRORS = (
     OSError,
     RuntimeError,
@@ -60,9 +60,9 @@ _LOAD_ERRORS = (
 
 
 class HFGPT2(NamedTuple):
-    """A state dict and the configuration of the `GPT2LMHeadModel` that can load it.
+    """A state dict and a configuration for a `GPT2LMHeadModel`.
 
-    Build that model with `GPT2LMHeadModel(GPT2Config(**config))`.
+    Build the model with `GPT2LMHeadModel(GPT2Config(**config))`. It can load the state dict.
     """
 
     state_dict: dict[str, Tensor]
@@ -72,22 +72,24 @@ class HFGPT2(NamedTuple):
 def from_hf_gpt2(
     source: nn.Module | Mapping[str, Tensor], config: Any = None, *, dropout: float | None = None
 ) -> GPT:
-    """Convert a `GPT2LMHeadModel` of Hugging Face `transformers` to a `GPT`.
+    """Convert a `GPT2LMHeadModel` from Hugging Face `transformers` to a `GPT`.
 
     Args:
-        source: the `GPT2LMHeadModel`, or its state dict. The keys of the state dict may have the
-            prefix `transformer.` or not. Files on the Hugging Face hub do not have it.
-        config: the `GPT2Config`, or the content of `config.json` as a dictionary. A state dict
-            needs it, because it does not contain the number of heads.
-        dropout: rate to use instead of the configuration's. It is needed if `resid_pdrop` and
-            `embd_pdrop` differ, because `GPT` has one setting for both.
+        source: the `GPT2LMHeadModel`, or its state dict. The keys of the state dict may start with
+            the prefix `transformer.`, but need not. Files on the Hugging Face hub have no prefix.
+        config: the `GPT2Config`, or the content of `config.json` as a dictionary. It is required
+            if `source` is a state dict, because a state dict does not contain the number of heads.
+        dropout: dropout rate to use instead of the rate in the configuration. It is required if
+            `resid_pdrop` and `embd_pdrop` have different values, because `GPT` has only one
+            setting for these two rates.
 
     Returns:
         A model in evaluation mode, with copies of the weights in the dtype of the source.
 
     Raises:
-        CheckpointError: if a tensor is missing, unknown or of the wrong shape, or if the
-            configuration has a setting that `GPT` does not support. The message names each.
+        CheckpointError: if a tensor is missing, is unknown or has the wrong shape, or if `GPT`
+            does not support a setting in the configuration. The message names each such tensor or
+            setting.
     """
     tensors: Mapping[str, Tensor]
     if isinstance(source, nn.Module):
@@ -113,7 +115,7 @@ def from_hf_gpt2(
             continue
         if name != HEAD and not name.startswith("transformer."):
             name = f"transformer.{name}"
-        # decided by name, because the shape does not show whether a square matrix is transposed
+        # decide by name: the shape of a square matrix does not show whether it is transposed
         matrix = tensor.t() if name.endswith(_TRANSPOSED) and tensor.dim() == 2 else tensor
         own[name] = matrix.detach().clone(memory_format=torch.contiguous_format)
     return _build_model("the state dict", own_config, own)
@@ -122,14 +124,14 @@ def from_hf_gpt2(
 def to_hf_gpt2(model: GPT) -> HFGPT2:
     """Convert a `GPT` to a state dict and a configuration for `transformers`.
 
-    Biases that the model does not have are added as zeros.
+    If the model has no biases, the state dict contains biases of zero.
 
     Returns:
         Copies of the tensors, and the configuration as a dictionary.
 
     Raises:
-        CheckpointError: if the model no longer has the tensors of its configuration (for example
-            with int8 weights).
+        CheckpointError: if the model's tensors no longer match its configuration (for example, with
+            int8 weights).
     """
     model = uncompiled(model)
     config = model.config
@@ -169,12 +171,12 @@ def from_nanogpt_checkpoint(path: str | Path) -> GPT:
     The file is read with `torch.load(weights_only=True)`, which runs no code from the file.
 
     Returns:
-        The model on the CPU, in evaluation mode. Its `dropout` and its `attention_dropout` are the
-        checkpoint's `dropout`, because nanoGPT uses one rate for both.
+        The model on the CPU, in evaluation mode. Its `dropout` and its `attention_dropout` are both
+        set to the checkpoint's `dropout`, because nanoGPT has only one dropout rate.
 
     Raises:
-        CheckpointError: if the file cannot be read, a setting is missing or out of its range, or a
-            tensor is missing, unknown or of the wrong config. The message names each.
+        CheckpointError: if the file cannot be read, if a setting is missing or out of range, or if
+            a tensor is missing, is unknown or has the wrong shape. The message says what is wrong.
     """
     path = Path(path)
     try:
@@ -195,7 +197,7 @@ def from_nanogpt_checkpoint(path: str | Path) -> GPT:
             **{name: arguments[name] for name in names},
             dropout=dropout,
             attention_dropout=dropout,
-            bias=arguments.get("bias", True),  # older checkpoints lack it
+            bias=arguments.get("bias", True),  # older checkpoints do not contain `bias`
         )
     except ConfigError as error:
         raise CheckpointError(f"{path}: model_args: {error}") from error
@@ -210,16 +212,18 @@ def from_nanogpt_checkpoint(path: str | Path) -> GPT:
 def to_nanogpt_checkpoint(model: GPT, path: str | Path) -> None:
     """Save the model as a checkpoint that nanoGPT's `sample.py` can read.
 
-    The file is written to a temporary directory and moved when it is complete. nanoGPT has one
-    dropout rate. The file gets the model's `dropout`, and `attention_dropout` is not saved.
+    The file is written to a temporary directory and moved when it is complete. nanoGPT has only one
+    dropout rate. The file contains the model's `dropout`, but not its `attention_dropout`.
 
     Args:
-        model: the model. Of a compiled model, the model inside is saved.
-        path: the file to write, `ckpt.pt` for nanoGPT. Missing directories are created.
+        model: the model. If it is compiled, the original model inside the wrapper is saved.
+        path: the file to write. nanoGPT expects the file name `ckpt.pt`. Missing directories are
+            created.
 
     Raises:
-        CheckpointError: if `gelu_approximate` is "tanh", which nanoGPT does not support, if the
-            model no longer has the tensors of its configuration, or if the file cannot be written.
+        CheckpointError: if the file cannot be written, if the model's tensors no longer match its
+            configuration, or if `gelu_approximate` is "tanh", because nanoGPT does not support
+            this form of GELU.
     """
     path, model = Path(path), uncompiled(model)
     config = model.config
@@ -255,7 +259,7 @@ def _without_wrappers(key: str) -> str:
 
 
 def _build_model(source: str, config: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
-    """Build the model if the tensors fit; raise a CheckpointError that names `source` if not."""
+    """Build the model, or raise a CheckpointError about `source` if the tensors do not fit."""
     head = tensors.pop(HEAD, None)
     wrong = mismatches(config, tensors)
     if wrong:
@@ -268,7 +272,7 @@ def _build_model(source: str, config: GPTConfig, tensors: dict[str, Tensor]) -> 
 
 
 def _from_hf_config(settings: Mapping[str, Any], dropout: float | None) -> GPTConfig:
-    """Convert the settings of a GPT2Config; raise a CheckpointError if `GPT` lacks one."""
+    """Convert the settings of a GPT2Config, or raise a CheckpointError for unsupported ones."""
     names = {
         "vocab_size": "vocab_size",
         "n_positions": "block_size",

@@ -1,4 +1,4 @@
-"""The forward pass for one new token per row, without the overhead of modules."""
+"""Compute the forward pass for one new token per row, without the overhead of modules."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ Layer = Callable[[Tensor], Tensor]  # (rows, channels) to (rows, channels)
 
 
 def _as_function(module: nn.Module, rows: int) -> Layer:
-    """Return a function that computes the same as the module, without its call overhead."""
+    """Return a function with the same result as the module, but without its call overhead."""
     if type(module) is nn.Linear:
         return partial(F.linear, weight=module.weight, bias=module.bias)
     if type(module) is nn.LayerNorm:
@@ -37,7 +37,7 @@ def _as_function(module: nn.Module, rows: int) -> Layer:
 
 
 class _BlockFunctions:
-    """The layers of one transformer block, as functions."""
+    """The layers of one transformer block, stored as functions."""
 
     def __init__(self, block: Block, rows: int) -> None:
         self.ln_1 = _as_function(block.ln_1, rows)
@@ -50,15 +50,17 @@ class _BlockFunctions:
 
 
 class Decoder:
-    """The forward pass for one new token per row, with a cache whose rows may differ in length.
+    """A fast forward pass for one new token per row, with a key-value cache.
 
-    It computes the same logits as `GPT.forward` with that cache. With one token, a small model
-    spends most of its time on module calls and views. The decoder therefore prepares functions
-    once and makes views once per token.
+    The rows of the cache may have different lengths. The decoder computes the same logits as
+    `GPT.forward` with the same cache. For a single token, a small model spends most of its time on
+    module calls and views. The decoder therefore prepares functions once, and it makes views only
+    once per token.
 
     Args:
-        model: the model, which must not be compiled. Its layers are looked up once, here.
-        cache: keys and values of the earlier tokens of B rows. Each call adds one token per row.
+        model: the model, which must not be compiled. Its layers are looked up only once, when the
+            decoder is created.
+        cache: keys and values of the earlier tokens in B rows. Each call adds one token per row.
     """
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
@@ -71,7 +73,7 @@ class Decoder:
         self.lm_head = _as_function(model.lm_head, rows)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Add one token per row to the cache and compute the logits of the next one.
+        """Add one token per row to the cache and compute the logits of the next token.
 
         Args:
             tokens: int64 (B,), one token id for each row.
@@ -91,7 +93,7 @@ class Decoder:
             part[..., :end, :].unbind(0) for part in (cache.keys, cache.values)
         )
         if min(lengths) + 1 == end:
-            mask = None  # rows of equal length see all their tokens
+            mask = None  # if rows have equal length, each row sees all its tokens
             positions = self.wpe[end - 1]  # (C,)
             new_keys, new_values = (
                 part[..., end - 1, :].unbind(0) for part in (cache.keys, cache.values)

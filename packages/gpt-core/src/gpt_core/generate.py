@@ -1,6 +1,6 @@
-"""Text generation with a key-value cache.
+"""Generate text with a key-value cache.
 
-`GPT.generate` is the simple version of `generate`. It recomputes the whole window for each token.
+`GPT.generate` is a simple version of `generate`. For each new token, it recomputes all positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from gpt_core.decode import Decoder
 from gpt_core.model import GPT, KVCache, uncompiled
 
 WINDOWS = ("shift", "exact")
-ENDED = -1  # stands for a token in a row that has ended before
+ENDED = -1  # takes the place of a token in a row that has already ended
 
 Prompts = Tensor | Sequence[Tensor]
 Stop = int | str | Sequence[int]
@@ -22,7 +22,7 @@ Stop = int | str | Sequence[int]
 
 @dataclass(frozen=True)
 class _Sampler:
-    """Draws one token per row from logits. The filters apply in the order of the fields."""
+    """A sampler that draws one token per row. It applies its filters in the order of its fields."""
 
     temperature: float
     top_k: int
@@ -35,7 +35,7 @@ class _Sampler:
         if self.temperature < torch.finfo(torch.float32).tiny:  # 0, or rounded to 0 in fp32
             return logits.argmax(-1)
         logits = logits.float()
-        # shift the largest logit to 0, so that division by a tiny temperature cannot overflow it
+        # shift the largest logit to 0, so that a division by a tiny temperature cannot overflow
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if 0 < self.top_k < logits.size(-1):
             kth_largest = logits.topk(self.top_k).values[:, -1:]
@@ -43,7 +43,7 @@ class _Sampler:
         probabilities = logits.softmax(-1)
         if self.top_p < 1.0:
             ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-            # drop a token if the more likely ones reach top_p without it; never drop the first
+            # drop a token if the more likely tokens already reach top_p; never drop the first token
             drop = ordered.cumsum(-1) - ordered >= self.top_p
             drop[:, 0] = False
             probabilities = probabilities.masked_fill(drop.scatter(-1, order, drop), 0.0)
@@ -51,15 +51,15 @@ class _Sampler:
             least = self.min_p * probabilities.amax(-1, keepdim=True)
             probabilities = probabilities.masked_fill(probabilities < least, 0.0)
         # Divide each probability by an exponential random number and take the largest quotient.
-        # This picks each token with its probability, also if they do not sum to 1, and takes a
-        # third of the time of torch.multinomial.
+        # This picks each token in proportion to its probability, even if the probabilities do not
+        # sum to 1. It takes a third of the time of torch.multinomial.
         noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
-        smallest = torch.finfo(noise.dtype).tiny  # a noise of 0 would make 0 / 0, and NaN wins
+        smallest = torch.finfo(noise.dtype).tiny  # 0 / 0 would be NaN, and argmax would pick it
         return (probabilities / noise.clamp_(min=smallest)).argmax(-1)
 
 
 class _StopCondition:
-    """Tests whether the tokens written so far end with a stop sequence or stop string."""
+    """A test for whether the tokens written so far end with a stop sequence or stop string."""
 
     def __init__(self, stop: Sequence[Stop], decode: Callable[[list[int]], str] | None) -> None:
         if isinstance(stop, str | int):
@@ -75,15 +75,15 @@ class _StopCondition:
         if self.strings and decode is None:
             raise ValueError(f"stop holds the string {self.strings[0]!r}, which needs `decode`")
         self.decode = decode
-        # Tokens at the end of the text that are enough to find every stop string. A token has at
-        # least one byte, and a character of UTF-8 has at most four.
+        # To find every stop string, it is enough to search this many tokens at the end of the text.
+        # A token has at least one byte, and a UTF-8 character has at most four bytes.
         self.tail = max((4 * (len(item) + 1) for item in self.strings), default=0)
 
     def __bool__(self) -> bool:
         return bool(self.strings or self.sequences)
 
     def reached(self, written: list[int]) -> bool:
-        """Return whether a row that has written these tokens ends here."""
+        """Return whether a row must stop after it has written these tokens."""
         if any(written[-len(ids) :] == ids for ids in self.sequences):
             return True
         if not self.strings or self.decode is None:
@@ -93,7 +93,7 @@ class _StopCondition:
 
 
 class _Rows:
-    """The tokens of a batch, with rows of different lengths, and their key-value cache."""
+    """The tokens in a batch of rows with different lengths, and their key-value cache."""
 
     def __init__(self, model: GPT, prompts: list[Tensor], window: str) -> None:
         self.model = model
@@ -106,17 +106,17 @@ class _Rows:
             self.ids[row, : len(prompt)] = prompt
         self.cache = KVCache(model.config, len(prompts), like=model.transformer.wte.weight)
         self.decoder = Decoder(model, self.cache)
-        self.pending: Tensor | None = None  # (B,), the newest tokens, which the cache lacks
+        self.pending: Tensor | None = None  # (B,), the newest tokens, not yet in the cache
 
     def logits(self) -> Tensor:
-        """Compute the logits of the next token of each row, (B, vocab_size)."""
+        """Compute the logits (B, vocab_size) of the next token in each row."""
         if self.pending is None:
             return self._prefill(range(len(self.lengths)), self.block_size)
         full = [row for row, length in enumerate(self.cache.lengths) if length == self.block_size]
         if len(full) == len(self.lengths):
             return self._refill(full)
-        # The decoder steps all rows at once and needs a free position in each. A full row drops
-        # its newest token here, and is refilled right after the step.
+        # The decoder adds a token to all rows at once, so each row needs a free position. A full
+        # row therefore drops its newest token before the step. It is refilled after the step.
         self.cache.truncate([self.block_size - 1] * len(self.lengths))
         logits = self.decoder(self.pending)
         if full:
@@ -128,7 +128,7 @@ class _Rows:
         return self._prefill(rows, keep)
 
     def _prefill(self, rows: Sequence[int], keep: int) -> Tensor:
-        """Replace the cache of these rows by their newest `keep` tokens.
+        """Replace the cached tokens of these rows by the newest `keep` tokens of each row.
 
         Returns:
             The logits of the next token, (len(rows), vocab_size).
@@ -143,7 +143,7 @@ class _Rows:
             cache.truncate([0] * len(rows))
         else:
             cache = KVCache(self.model.config, len(rows), like=self.cache.keys)
-        # Shorter rows are padded at their end. Attention is causal, so no real token sees padding.
+        # Shorter rows are padded at the end. Attention is causal, so no real token sees padding.
         x = self.model.transformer(idx, cache)  # (len(rows), T, C)
         cache.truncate(lengths)
         if cache is not self.cache:
@@ -153,7 +153,7 @@ class _Rows:
         return logits
 
     def append(self, tokens: Tensor) -> None:
-        """Append one token to each row, int64 (B,)."""
+        """Append one token to each row. `tokens` is int64 (B,)."""
         if max(self.lengths) == self.ids.size(1):
             self.ids = torch.cat((self.ids, torch.zeros_like(self.ids)), dim=1)
         if min(self.lengths) == max(self.lengths):
@@ -181,36 +181,38 @@ def stream(
 ) -> Iterator[Tensor]:
     """Generate tokens and yield each as soon as it is drawn.
 
-    The prompts pass through the model once. After that, each step computes one token per row.
+    The prompts pass through the model once. After that, each step computes only one new token per
+    row, until `block_size` tokens are full (see `window`).
 
     Args:
         model: the model. It is put into evaluation mode.
         prompt: int64 (B, T) with T >= 1, or a list of B prompts (T_b,) of different lengths. The
-            model sees only the newest `block_size` tokens of each. At temperature 0, each row gets
-            the same tokens as it would get alone.
+            model sees only the newest `block_size` tokens of each prompt. At temperature 0, a
+            prompt gives the same tokens in a batch as it gives alone.
         max_new_tokens: number of tokens to generate for each row.
-        temperature: divides the logits. 0 always takes the most likely token.
-        top_k: draw only from the k most likely tokens. 0 means all.
+        temperature: a number that divides the logits. 0 always takes the most likely token.
+        top_k: draw only from the k most likely tokens. 0 means all tokens.
         top_p: draw only from the smallest set of most likely tokens whose probabilities sum to at
-            least this (nucleus sampling, arXiv 1904.09751).
-        min_p: draw only from tokens that are at least this fraction as likely as the most likely
-            one (arXiv 2407.01082).
+            least `top_p` (nucleus sampling, arXiv 1904.09751).
+        min_p: draw only from tokens with a probability of at least `min_p` times the probability
+            of the most likely token (arXiv 2407.01082).
         stop: token ids, sequences of token ids, or strings. A row ends after it has written one of
-            them. The stop itself is part of the row. Prompts are not searched.
-        decode: a function from a list of token ids to text. It is needed if `stop` holds strings.
-            Each token must give at least one byte of text.
-        seed: seed for the draws. None uses torch's global generator.
-        window: what to do when `block_size` tokens are full. "shift" computes the newest half once
-            more and goes on from there, so the average cost of a token stays constant. "exact"
-            computes the newest `block_size` tokens again for each further token, as nanoGPT does.
+            these stops. The row contains the stop. A stop inside a prompt has no effect.
+        decode: a function from a list of token ids to text. It is required if `stop` contains
+            strings. Each token must give at least one byte of text.
+        seed: seed for the random draws. None uses torch's global generator.
+        window: what to do when a row has `block_size` tokens in the cache. "shift" computes the
+            newest half of these tokens again and continues with them, so the average cost of a
+            token stays constant. "exact" computes the newest `block_size` tokens again for each
+            further token, as nanoGPT does.
 
     Yields:
-        int64 (B, 1), one new token for each row, or -1 for a row that has ended. The stream ends
-        when all rows have ended.
+        int64 (B, 1), which holds one new token for each row, or -1 for a row that has already
+        ended. The stream ends when all rows have ended.
 
     Raises:
         ValueError: if a prompt is empty, a token id is not in the vocabulary, or a setting is out
-            of its range. It is raised by the call, before the first token.
+            of range. The call itself raises the error, before the first token.
     """
     model = uncompiled(model)
     prompts = _checked(model, prompt)
@@ -236,7 +238,7 @@ def stream(
 
 
 def _checked(model: GPT, prompt: Prompts) -> list[Tensor]:
-    """Return the prompts as int64 tensors (T_b,), or raise a ValueError."""
+    """Return the prompts as int64 tensors (T_b,), or raise a ValueError if they are invalid."""
     if isinstance(prompt, Tensor) and prompt.dim() != 2:
         raise ValueError(
             f"the prompt has shape {tuple(prompt.shape)}; it must be (B, T) with T >= 1, "
@@ -269,7 +271,7 @@ def _stream(rows: _Rows, count: int, sampler: _Sampler, stops: _StopCondition) -
         rows.append(tokens)
         new = tokens[:, None]
         if stops:
-            # mask the rows that ended earlier; the token that ends a row is still written
+            # mask rows that have already ended; the token that ends a row is not masked
             new = new.masked_fill(torch.tensor(ended, device=new.device)[:, None], ENDED)
             for row, token in enumerate(tokens.tolist()):
                 written[row].append(token)
@@ -280,7 +282,7 @@ def _stream(rows: _Rows, count: int, sampler: _Sampler, stops: _StopCondition) -
 
 
 class SamplingSettings(TypedDict, total=False):
-    """The keyword arguments of `stream`. Its docstring explains them."""
+    """The keyword arguments of `stream`. The docstring of `stream` explains them."""
 
     temperature: float
     top_k: int
@@ -303,7 +305,7 @@ def generate(
 def generate(
     model: GPT, prompt: Prompts, max_new_tokens: int, **settings: Unpack[SamplingSettings]
 ) -> Tensor | list[Tensor]:
-    """Generate tokens after the prompts and return prompts and tokens together.
+    """Generate tokens after the prompts, and return each prompt together with its new tokens.
 
     Args:
         model: the model. It is put into evaluation mode.
@@ -312,9 +314,9 @@ def generate(
         **settings: temperature, top_k, top_p, min_p, stop, decode, seed and window, as in `stream`.
 
     Returns:
-        For a tensor (B, T): int64 (B, T + n). n is `max_new_tokens`, or less if all rows ended
-        earlier. Rows that ended before the last are filled up with -1. For a list of prompts: a
-        list of B int64 tensors, each as long as its row.
+        If `prompt` is a tensor (B, T): an int64 tensor (B, T + n). n is `max_new_tokens`, or less
+        if all rows ended earlier. Shorter rows are filled up with -1. If `prompt` is a list: a list
+        of B int64 tensors, without -1 at the end.
 
     Raises:
         ValueError: in the same cases as `stream`.

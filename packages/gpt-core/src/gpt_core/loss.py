@@ -1,4 +1,4 @@
-"""Cross-entropy for a large vocabulary, without all logits in memory at once."""
+"""Compute the cross-entropy for a large vocabulary without holding all logits in memory."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -1  # targets of this value do not count
+IGNORED = -1  # targets with this value do not count
 
 
 def at_least_fp32(logits: Tensor) -> Tensor:
-    """Convert logits to fp32 for a loss, and leave float64 logits as they are."""
+    """Convert logits to fp32 for the loss, but leave float64 logits unchanged."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The forward pass computes loss and gradients, chunk by chunk; backward scales them."""
+    """A loss whose gradients are computed chunk by chunk, during the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
@@ -43,7 +43,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         if (
             torch.is_grad_enabled()
-        ):  # with create_graph, autograd would treat the result as constant
+        ):  # with create_graph, autograd would treat the result as a constant
             raise RuntimeError("a chunked loss has no second derivative")
         dx, dweight = ctx.saved_tensors
         return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None
@@ -55,14 +55,14 @@ def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int
     The idea comes from Liger Kernel's fused linear cross-entropy (arXiv 2410.10989).
 
     Args:
-        x: (N, C), of any floating dtype.
+        x: (N, C), in any floating dtype.
         weight: (vocab_size, C).
         targets: int64 (N,). Targets of -1 do not count.
         chunk: number of positions whose logits are in memory at once.
 
     Returns:
-        The mean in nats, a scalar in float64 for a float64 `weight` and in fp32 otherwise. It can
-        be differentiated once. It is NaN if no target counts.
+        The mean in nats, as a scalar. It is float64 if `weight` is float64, and fp32 otherwise. It
+        can be differentiated once, but not twice. The mean is NaN if all targets are -1.
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         x, weight, targets, chunk

@@ -1,10 +1,12 @@
-"""The GPT model, with nanoGPT's architecture and parameter names.
+"""Define the GPT model, with nanoGPT's architecture and parameter names.
 
-- Positions are learned. Blocks are pre-norm with GELU. Input and output share one embedding matrix.
+- Position embeddings are learned. Blocks are pre-norm and use GELU. The input and the output share
+  one embedding matrix.
 - Initial weights follow GPT-2: residual projections are scaled by 1/sqrt(2 n_layer).
-- Attention runs in PyTorch's fused kernels, or in blocks of matrix products where those are faster.
-  Neither has dropout inside attention on a CPU, so `attention_dropout` is a separate setting.
-- With a key-value cache, `forward` continues a sequence instead of recomputing it.
+- Attention runs in PyTorch's fused kernels, or in blocks of matrix products if these are faster. On
+  a CPU, these two ways cannot apply dropout inside attention. `attention_dropout` is therefore a
+  separate setting.
+- With a key-value cache, `forward` computes only the new tokens of a sequence.
 """
 
 import math
@@ -21,11 +23,11 @@ from gpt_core.loss import IGNORED, at_least_fp32, chunked_cross_entropy
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, allocated once for a whole block.
+    """The keys and values of earlier tokens, in memory allocated once for `block_size` tokens.
 
     `keys` and `values` have shape (n_layer, B, n_head, block_size, head_size) and the dtype and
-    device of `like`. Row b of the batch holds `lengths[b]` tokens. Entries behind that length are
-    left over from earlier tokens, or zero. Readers must mask them.
+    device of `like`. Row b of the batch holds `lengths[b]` tokens. Entries after the first
+    `lengths[b]` are zero or left over from earlier tokens. Code that reads them must mask them.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, *, like: Tensor) -> None:
@@ -38,20 +40,20 @@ class KVCache:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Number of tokens that each row holds."""
+        """The number of tokens in each row."""
         return tuple(self._lengths)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values of one layer, in rows of equal length.
+        """Store new keys and values of one layer. All rows must have equal length.
 
-        Call `advance` when all layers have stored theirs.
+        Call `advance` after all layers have stored their keys and values.
 
         Args:
             layer: index of the layer.
             k, v: (B, n_head, T, head_size), keys and values of T new tokens.
 
         Returns:
-            Keys and values of the old and new tokens, each (B, n_head, length + T, head_size).
+            The keys and the values of old and new tokens, each (B, n_head, length + T, head_size).
         """
         start = self._lengths[0]
         end = start + k.size(2)
@@ -60,7 +62,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def advance(self, count: int) -> None:
-        """Count `count` more tokens in every row, after all layers have stored them."""
+        """Increase the length of every row by `count`, after all layers have stored the tokens."""
         self._lengths = [length + count for length in self._lengths]
 
     def truncate(self, lengths: Sequence[int]) -> None:
@@ -77,7 +79,7 @@ class KVCache:
 
 
 class _MaskedScale(torch.autograd.Function):
-    """x * mask * scale, which stores one byte per element for the backward pass."""
+    """The product x * mask * scale. It stores one byte per element for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -92,15 +94,16 @@ class _MaskedScale(torch.autograd.Function):
 
 
 class Dropout(nn.Module):
-    """Dropout with a cheap mask on a CPU.
+    """A dropout layer that is fast on a CPU.
 
     On a CPU, PyTorch draws one Bernoulli number per element, on one thread. This layer draws one
-    64-bit random number for four elements, cuts it into four 16-bit numbers, and compares each
-    with a threshold. The rate is therefore exact to 1/65536. `torch.manual_seed` makes the mask
-    reproducible. On other devices, and under torch.compile or torch.func, `F.dropout` is used.
+    64-bit random number for four elements, cuts the number into four 16-bit numbers, and compares
+    each of these with a threshold. The dropout rate is therefore exact to 1/65536.
+    `torch.manual_seed` makes the mask reproducible. On other devices, and under torch.compile or
+    torch.func, the layer calls `F.dropout`.
     """
 
-    LEVELS = 1 << 16  # values of a 16-bit number
+    LEVELS = 1 << 16  # number of values that 16 bits can hold
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -126,7 +129,7 @@ class Dropout(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention, (B, T, C) to (B, T, C)."""
+    """Multi-head causal self-attention. It maps (B, T, C) to (B, T, C)."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -160,7 +163,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them, (B, T, C) to (B, T, C)."""
+    """Two linear layers with a GELU between them. They map (B, T, C) to (B, T, C)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -192,7 +195,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """All layers except the head, with GPT-2's names: int64 (B, T) to (B, T, C)."""
+    """All layers except the head, with GPT-2's names. They map int64 (B, T) to (B, T, C)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -217,22 +220,22 @@ class Transformer(nn.Module):
 class GPTOutput(NamedTuple):
     """The result of `GPT.forward`."""
 
-    logits: Tensor | None  # (B, T, vocab_size); None if the loss was computed in chunks
-    loss: Tensor | None  # scalar, mean in nats; None without targets
+    logits: Tensor | None  # (B, T, vocab_size); None if loss is computed in chunks
+    loss: Tensor | None  # mean in nats, a scalar; None without targets
 
 
 class GPT(nn.Module):
-    """A GPT language model: GPT-2 (Radford et al. 2019) as written in Karpathy's nanoGPT.
+    """A GPT language model: GPT-2 (Radford et al. 2019), as implemented in Karpathy's nanoGPT.
 
-    The initial weights are drawn from torch's global generator. Call `torch.manual_seed` first to
-    make them reproducible.
+    The initial weights are drawn from torch's global generator. To make the weights reproducible,
+    call `torch.manual_seed` before you build the model.
 
     Attributes:
         config: the settings of this model.
-        loss_chunk: number of positions for which the loss is computed at a time. If it is above 0,
-            `forward` with targets returns no logits. This saves memory if the vocabulary is large,
-            because the logits (B, T, vocab_size) and their gradient are never complete. 0, the
-            default, computes all positions at once.
+        loss_chunk: number of positions for which the loss is computed at a time. The default, 0,
+            computes all positions at once. A number above 0 saves memory if the vocabulary is
+            large, because memory never holds all logits (B, T, vocab_size) or their gradient. In
+            this case, `forward` with targets returns no logits.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -254,21 +257,21 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, mean=0.0, std=std)
 
     def num_parameters(self, *, positions: bool = False) -> int:
-        """Count the parameters. The shared embedding counts once, as in nanoGPT.
+        """Count the parameters. The shared embedding is counted only once, as in nanoGPT.
 
         Args:
-            positions: whether position embeddings count too.
+            positions: whether to count the position embeddings too.
         """
         total = sum(parameter.numel() for parameter in self.parameters())
         return total if positions else total - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self) -> int:
-        """Estimate the floating-point operations of one training step, per token.
+        """Estimate the floating-point operations per token in one training step.
 
         The formula is from appendix B of PaLM (arXiv 2204.02311), with windows of `block_size`:
-        6 operations for each parameter without position embeddings, and
-        12 n_layer n_embd block_size for attention. It counts the whole square of attention,
-        although only the causal half is needed.
+        6 operations for each parameter that is not a position embedding, and
+        12 n_layer n_embd block_size for attention. The formula counts the whole attention matrix,
+        although only its causal half is needed.
         """
         config = self.config
         attention = 12 * config.n_layer * config.n_embd * config.block_size
@@ -280,19 +283,20 @@ class GPT(nn.Module):
         """Compute the logits of the next token at every position, and the loss.
 
         Args:
-            idx: int64 (B, T) token ids. T plus the tokens in the cache is at most `block_size`.
+            idx: int64 (B, T) token ids. T plus the number of tokens in the cache must be at most
+                `block_size`.
             targets: int64 (B, T), the correct next tokens. Targets of -1 do not count.
-            cache: keys and values of earlier tokens, which these tokens continue. The new keys and
-                values are added to the cache.
+            cache: keys and values of earlier tokens. `idx` continues these tokens. The call adds
+                the new keys and values to the cache.
 
         Returns:
             `logits`, (B, T, vocab_size), and `loss`, the mean cross-entropy in nats. The loss is
-            float64 for a float64 model and fp32 otherwise. It is None without targets. The logits
-            are None if `loss_chunk` is above 0 and targets are given.
+            float64 for a float64 model and fp32 otherwise. The loss is None without targets. The
+            logits are None if `loss_chunk` is above 0 and targets are given.
 
         Raises:
-            ValueError: if the sequence is longer than `block_size`, if more than one token is to
-                be added to a cache that is not empty, or if the cache's rows differ in length.
+            ValueError: if the sequence is longer than `block_size`, if the rows of the cache have
+                different lengths, or if the cache is not empty and T is more than 1.
         """
         T = idx.size(1)
         end = T
@@ -330,16 +334,17 @@ class GPT(nn.Module):
     def generate(
         self, idx: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0
     ) -> Tensor:
-        """Sample tokens one by one and recompute the whole window for each.
+        """Sample tokens one by one, and recompute the whole window for each new token.
 
-        This is the simple reference. `gpt_core.generate` draws from the same distribution, but it
-        caches keys and values. Call `eval()` first, otherwise dropout is active.
+        This is the simple reference implementation. `gpt_core.generate` draws from the same
+        distribution, but it caches keys and values. Call `eval()` first. Otherwise, dropout is
+        active.
 
         Args:
             idx: int64 (B, T) prompts of at least one token.
             max_new_tokens: number of tokens to append to each row.
-            temperature: divides the logits. It must be above 0.
-            top_k: number of most likely tokens to draw from. 0 means all.
+            temperature: a number above 0 that divides the logits.
+            top_k: draw only from the k most likely tokens. 0 means all tokens.
 
         Returns:
             int64 (B, T + max_new_tokens), the prompts and the sampled tokens.
@@ -356,6 +361,6 @@ class GPT(nn.Module):
 
 
 def uncompiled(model: GPT) -> GPT:
-    """Return the model inside a `torch.compile` wrapper, or the model itself."""
+    """Return the original model if `model` is a `torch.compile` wrapper, and `model` if not."""
     inner: GPT = getattr(model, "_orig_mod", model)
     return inner

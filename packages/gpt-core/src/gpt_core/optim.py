@@ -1,12 +1,13 @@
-"""Optimizers and learning-rate schedules.
+"""Build optimizers and compute learning-rate schedules.
 
 `Muon` orthogonalises the momentum of hidden matrices with a Newton-Schulz iteration (Jordan et al.
-2024, https://kellerjordan.github.io/posts/muon/). It scales the update to the usual size of AdamW's
-(Liu et al. 2025, arXiv 2502.16982), so that one learning rate fits both.
+2024, https://kellerjordan.github.io/posts/muon/). It scales its updates to the usual size
+of AdamW's updates (Liu et al. 2025, arXiv 2502.16982), so that Muon and AdamW can use the same
+learning rate.
 
-It differs from `torch.optim.Muon` in two ways. It iterates in the dtype of the parameters on a CPU,
-because a CPU without bf16 in hardware emulates it at about a fortieth of the speed of fp32. And it
-treats a fused QKV matrix as three matrices.
+`Muon` differs from `torch.optim.Muon` in two ways. First, it iterates in the dtype of the
+parameters on a CPU. The reason is that a CPU without bf16 in hardware emulates bf16 at about a
+fortieth of the speed of fp32. Second, it can treat a fused QKV matrix as three matrices.
 """
 
 import math
@@ -22,8 +23,8 @@ from gpt_core.config import ConfigError
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "warmup-stable-decay")
 
-# Jordan's coefficients of the quintic polynomial: small singular values grow fastest with them,
-# and values still end near 1.
+# Jordan's coefficients for the quintic polynomial. They make small singular values grow as fast as
+# possible, while all values still end near 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 
@@ -31,12 +32,12 @@ _NEWTON_SCHULZ_STEPS = 5
 def orthogonalise(matrix: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Move all singular values of a matrix (m, n) close to 1, by a Newton-Schulz iteration.
 
-    The result is about U V^T of the matrix's singular value decomposition. It is not exact: the
-    singular values end between about 0.7 and 1.2.
+    The result approximates U V^T, where U and V come from the singular value decomposition of the
+    matrix. The singular values of the result lie between about 0.7 and 1.2.
 
     Args:
-        matrix: (m, n), of any floating dtype.
-        dtype: dtype of the iteration. None takes the matrix's own.
+        matrix: (m, n), in any floating dtype.
+        dtype: dtype of the iteration. None takes the dtype of `matrix`.
 
     Returns:
         (m, n), in the dtype of `matrix`.
@@ -58,15 +59,17 @@ class Muon(Optimizer):
     Args:
         matrices: 2-D parameters, which Muon updates.
         others: all other parameters, which AdamW updates without weight decay.
-        lr: learning rate of both. Muon's update of an (m, n) matrix is scaled by
-            0.2 sqrt(max(m, n)), which gives it the usual size of AdamW's.
+        lr: learning rate for Muon and AdamW. Muon's update of an (m, n) matrix is multiplied by
+            0.2 sqrt(max(m, n)). The update then has the usual size of an AdamW update.
         weight_decay: weight decay of the matrices, decoupled as in AdamW.
         momentum: Muon's momentum, in Nesterov's form.
-        betas: AdamW's decay rates of the gradient's mean and of its square.
+        betas: AdamW's decay rates for the running means of the gradient and the squared gradient.
         eps: AdamW's constant in the denominator.
-        parts: a function from a matrix to the number of equal parts of its rows that are
-            orthogonalised separately, such as 3 for a fused QKV matrix.
-        dtype: dtype of Muon's iteration. None takes bf16 on CUDA and the parameter's own elsewhere.
+        parts: a function that takes a matrix and returns a number, for example 3 for a fused QKV
+            matrix. The rows of the matrix are cut into this number of equal parts, and each part
+            is orthogonalised separately.
+        dtype: dtype of Muon's iteration. None takes bf16 on CUDA, and the dtype of the parameter on
+            other devices.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class Muon(Optimizer):
             closure: a function that computes the gradients and returns the loss.
 
         Returns:
-            The result of `closure`, or None without one.
+            The result of `closure`, or None if there is no closure.
         """
         loss = None
         if closure is not None:
@@ -153,15 +156,15 @@ def build_optimizer(
     Args:
         model: the model to optimize.
         name: "adamw" or "muon". "adamw" is AdamW with nanoGPT's settings: betas (0.9, 0.99), and
-            weight decay on matrices and embeddings only. "muon" is `Muon` for the matrices of the
-            blocks, with each fused QKV matrix as three, and AdamW without weight decay for
-            embeddings, norms, biases and head.
-        learning_rate: above 0 and finite.
-        weight_decay: at least 0 and finite.
+            weight decay for matrices and embeddings only. "muon" uses `Muon` for the matrices in
+            the blocks, and treats each fused QKV matrix as three matrices. It uses AdamW without
+            weight decay for embeddings, norms, biases and the head.
+        learning_rate: a finite number above 0.
+        weight_decay: a finite number of at least 0.
 
     Raises:
         ConfigError: if the name is unknown, or if the learning rate or the weight decay is out of
-            its range.
+            range.
     """
     if not 0 < learning_rate < math.inf:
         raise ConfigError(
@@ -201,27 +204,27 @@ def learning_rate_at(
     decay_steps: int | None = None,
     floor: float = 0.0,
 ) -> float:
-    """Compute the learning rate of one optimizer step: a linear warm-up, then a schedule.
+    """Compute the learning rate of one optimizer step. A linear warm-up precedes the schedule.
 
-    A warm-up is needed because Adam's first updates have full length, but their direction comes
-    from few gradients. Without it, a GPT with GPT-2's small initial weights can lose what it has
-    learned, once or several times, in its first dozens of steps.
+    A warm-up is needed because Adam's first updates have full length, although their direction
+    comes from only a few gradients. Without a warm-up, a GPT with GPT-2's small initial weights can
+    lose its progress one or more times during the first dozens of steps.
 
     Args:
-        step: number of the step, counted from 1. Steps after `total_steps` get `floor`.
-        peak: the highest rate, which the warm-up reaches at step `warmup_steps`.
-        warmup_steps: number of steps of the warm-up. 0 means none.
-        schedule: the course after the warm-up. "constant" stays at `peak`. "linear" and "cosine"
-            (half a period, arXiv 1608.03983) fall to `floor` at `total_steps`.
-            "warmup-stable-decay" stays at `peak` and falls linearly to `floor` over the last
+        step: number of the step, counted from 1. Steps after `total_steps` get the rate `floor`.
+        peak: the highest rate. The warm-up reaches it at step `warmup_steps`.
+        warmup_steps: number of steps in the warm-up. 0 means no warm-up.
+        schedule: the course of the rate after the warm-up. "constant" stays at `peak`. "linear"
+            and "cosine" (half a period, arXiv 1608.03983) fall to `floor` at `total_steps`.
+            "warmup-stable-decay" stays at `peak`, and then falls linearly to `floor` over the last
             `decay_steps` steps (arXiv 2404.06395).
         total_steps: number of the last step. "constant" does not need it.
-        decay_steps: number of falling steps of "warmup-stable-decay". None takes a fifth of
+        decay_steps: number of steps over which "warmup-stable-decay" falls. None takes a fifth of
             `total_steps`.
-        floor: the rate of step `total_steps`.
+        floor: the rate at step `total_steps`.
 
     Raises:
-        ConfigError: if the schedule is unknown, a value is out of its range, or warm-up and decay
+        ConfigError: if the schedule is unknown, a value is out of range, or warm-up and decay
             together are longer than `total_steps`.
     """
     if step < 1:

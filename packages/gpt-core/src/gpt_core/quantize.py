@@ -1,8 +1,8 @@
-"""int8 weights for faster generation on a CPU.
+"""Store weights in int8, for faster generation on a CPU.
 
-To generate one token, the CPU must read every weight once, so the speed of memory sets the limit.
-int8 weights need a quarter of the bytes of fp32. Those of a small GPT also fit into the CPU's last
-cache.
+To generate one token, the CPU must read every weight once. The speed of memory therefore limits the
+speed of generation. int8 weights need a quarter of the bytes that fp32 weights need. The int8
+weights of a small GPT also fit into the CPU's last-level cache.
 """
 
 import copy
@@ -13,33 +13,34 @@ from torch import Tensor, nn
 
 from gpt_core.model import GPT, MLP, CausalSelfAttention, uncompiled
 
-# With more rows than this, PyTorch's int8 kernel for CPUs is slower than a product in fp32.
+# Above this number of rows, PyTorch's int8 kernel for CPUs is slower than a product in fp32.
 KERNEL_ROWS = 16
-# The kernel reads several channels at once (8 with AVX2, more with AVX512). If that number does not
-# divide in_features, the kernel reads beyond the end of the weight.
+# The kernel reads several channels at once (8 with AVX2, more with AVX512). If in_features is not a
+# multiple of that number, the kernel reads beyond the end of the weight.
 KERNEL_CHANNELS = 32
 
 
 class Int8Linear(nn.Module):
     """A linear layer with an int8 weight and one scale per output channel.
 
-    It takes (..., in_features) of any floating dtype. With at most 16 rows on a CPU, it rounds the
-    input to bf16 and calls PyTorch's int8 kernel. The output is then bf16, or fp16 for an fp16
-    input. With more rows, on other devices, and if 32 does not divide in_features, it converts the
-    weight to the dtype of the input.
+    The input has shape (..., in_features) and any floating dtype. For at most 16 rows on a CPU, the
+    layer rounds the input to bf16 and calls PyTorch's int8 kernel. The output is then bf16, or fp16
+    for an fp16 input. In three other cases, the layer converts the weight to the dtype of the input
+    and computes an ordinary product: for more rows, on other devices, and if in_features is not a
+    multiple of 32.
     """
 
     weight: Tensor  # int8 (out_features, in_features)
-    scale: Tensor  # bf16 (out_features,), the dtype that the kernel needs
+    scale: Tensor  # bf16 (out_features,), because the kernel needs bf16
     bias: Tensor | None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
-        smallest = torch.finfo(torch.bfloat16).tiny  # avoids 0 / 0 in a channel of zeros
+        smallest = torch.finfo(torch.bfloat16).tiny  # avoids 0 / 0 if a channel is all zeros
         scale = (weight.abs().amax(1) / 127).clamp(min=smallest).bfloat16()
-        # Divide by the scale after its rounding to bf16, so that this rounding adds no error. If it
-        # was rounded down, the largest weight exceeds 127 and is clamped.
+        # Divide by the scale that was already rounded to bf16, so that this rounding adds no error.
+        # If the scale was rounded down, the largest weight exceeds 127 and is clamped.
         rounded = (weight / scale.float()[:, None]).round().clamp(-127, 127)
         bias = linear.bias.detach().clone() if linear.bias is not None else None
         self.kernel_rows = KERNEL_ROWS if linear.in_features % KERNEL_CHANNELS == 0 else 0
@@ -55,7 +56,7 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def int8_product(self, x: Tensor) -> Tensor:
-        """Multiply x, (rows, in_features), in PyTorch's int8 kernel for CPUs.
+        """Multiply x, (rows, in_features), by the weight in PyTorch's int8 kernel for CPUs.
 
         Returns:
             (rows, out_features) in bf16, or in fp16 if x is fp16.
@@ -71,16 +72,16 @@ class Int8Linear(nn.Module):
 
 
 def int8_weights(model: GPT) -> GPT:
-    """Copy the model with int8 weights in its blocks, for generation.
+    """Copy the model for generation, with int8 weights in the linear layers of its blocks.
 
-    Embeddings, norms and head keep their dtype, because rounding does most harm in the head. With
-    at most 16 rows on a CPU, the inputs of the rounded layers are also rounded to bf16.
+    Embeddings, norms and the head keep their dtype, because rounding the head would do the most
+    harm. For at most 16 rows on a CPU, the inputs of the int8 layers are also rounded to bf16.
 
     Args:
-        model: the model to copy. It stays as it is.
+        model: the model to copy. It is not changed.
 
     Returns:
-        A model in evaluation mode for `generate` and `stream`. It cannot be trained or saved.
+        A model in evaluation mode, for `generate` and `stream`. It cannot be trained or saved.
     """
     quantized = copy.deepcopy(uncompiled(model)).eval().requires_grad_(False)
     for module in list(quantized.modules()):

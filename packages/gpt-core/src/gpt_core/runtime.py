@@ -1,4 +1,4 @@
-"""Choice of device, precision, compilation, slices and threads."""
+"""Choose the device, precision, compilation, slices and number of threads."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -15,8 +15,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
 COMPILE = ("auto", "on", "off")
 
-# The activations of this many tokens stay in a CPU's caches from one operation to the next. The
-# activations of a whole batch go through memory, in pages that the system allocates anew each time.
+# The activations of this number of tokens stay in a CPU's caches from one operation to the next.
+# The activations of a whole batch go through main memory, in pages that the operating system
+# allocates again for each operation.
 _CACHED_TOKENS = 2048
 
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -25,11 +26,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Return whether the device multiplies bf16 in hardware. Emulation is slower than fp32."""
+    """Return whether the device multiplies bf16 in hardware. Emulated bf16 is slower than fp32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", None)  # older releases lack it
+        capabilities = getattr(torch.cpu, "get_capabilities", None)  # missing in older releases
         if capabilities is not None:
             found = capabilities()
             return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -38,7 +39,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _allowed_cpus() -> int:
-    """Count the CPUs that this process may use, by its affinity and its container's quota."""
+    """Count the CPUs that the process's affinity and its container's quota allow."""
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
     else:
@@ -52,14 +53,14 @@ def _allowed_cpus() -> int:
 
 @dataclass(frozen=True)
 class Runtime:
-    """The choices for computing on this machine. `resolve` makes them and gives the reasons."""
+    """The settings for computing on this machine. `resolve` chooses them and gives its reasons."""
 
     device: torch.device
     precision: str  # "fp32", or "bf16" for bf16 autocast with fp32 weights
     compile: bool
-    reasons: tuple[str, ...] = ()  # why the automatic choices were made
+    reasons: tuple[str, ...] = ()  # reasons for the automatic choices
     micro_batch_tokens: int = 0  # tokens in one forward and backward pass; 0 for the whole batch
-    threads: int = 0  # CPU threads for one operation; 0 for PyTorch's own number
+    threads: int = 0  # CPU threads per operation; 0 for PyTorch's own number
 
     @classmethod
     def resolve(
@@ -71,25 +72,25 @@ class Runtime:
         micro_batch_tokens: int | None = None,
         threads: int | None = None,
     ) -> "Runtime":
-        """Replace every "auto" and None by the best choice for this machine.
+        """Replace every "auto" and every None by the best choice for this machine.
 
         Args:
             device: "auto", "cpu", "cuda", "cuda:1" and so on, or "mps". "auto" takes CUDA if there
                 is a GPU, then MPS, then the CPU.
-            precision: "auto", "fp32" or "bf16". "auto" takes bf16 if the device has it in
-                hardware, and fp32 otherwise.
-            compile: "auto", "on" or "off". "auto" is off, because compiling takes longer than a
-                short run gains.
+            precision: "auto", "fp32" or "bf16". "auto" takes bf16 if the device has bf16
+                in hardware, and fp32 otherwise.
+            compile: "auto", "on" or "off". "auto" means "off", because in a short run, compiling
+                takes more time than it saves.
             micro_batch_tokens: largest number of tokens that pass through the model at once.
-                Larger batches are cut into slices, whose gradients add up. 0 means no slices. None
-                takes 2048 on a CPU without compilation, where the activations then stay in the
-                caches, and 0 otherwise.
-            threads: number of CPU threads. None takes PyTorch's own number, or fewer if the
-                process's affinity or its container's quota allows fewer CPUs. If several processes
-                share a machine, give each its share.
+                Larger batches are cut into slices, and the gradients of all slices are added. 0
+                means no slices. None takes 2048 on a CPU without compilation, because the
+                activations of 2048 tokens stay in the CPU's caches. Otherwise, None takes 0.
+            threads: number of CPU threads. None takes PyTorch's own number of threads. If the
+                affinity of the process or the quota of its container allows fewer CPUs, None takes
+                that number. If several processes share a machine, divide its CPUs among them.
 
         Raises:
-            ConfigError: if a value is not allowed, or PyTorch finds no such device.
+            ConfigError: if a value is not allowed, or if PyTorch does not find the device.
         """
         reasons = []
         chosen = device
@@ -135,11 +136,11 @@ class Runtime:
         return cls(resolved, precision, compiled, tuple(reasons), micro_batch_tokens, threads)
 
     def prepare(self, model: Module) -> Module:
-        """Move the model to the device and compile it if that was chosen.
+        """Move the model to the device, and compile it if compilation is on.
 
-        This also sets the process's number of threads and, on CUDA, allows TF32. The model is
-        compiled as one graph of fixed shapes. If code breaks the graph, `torch.compile` raises an
-        error at the first call.
+        This method also sets the number of threads for the whole process. On CUDA, it allows TF32.
+        The model is compiled as one graph with fixed shapes. If code in the model breaks the graph,
+        the first call of the compiled model raises an error.
 
         Returns:
             The model itself, or its compiled wrapper.
@@ -154,13 +155,13 @@ class Runtime:
         return torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[return-value]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context manager for forward passes: bf16 autocast, or nothing for fp32."""
+        """Return the context manager for forward passes. It does nothing if precision is fp32."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the choices and their reasons as a dictionary that JSON can hold."""
+        """Return the settings and the reasons for them as a dictionary that JSON can hold."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {
             "device": str(self.device),
@@ -179,7 +180,7 @@ class Runtime:
 
 
 def _device(name: str) -> torch.device:
-    """Return the device of that name, or raise a ConfigError if it cannot be used."""
+    """Return the device with this name, or raise a ConfigError if it cannot be used."""
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The training loop and the evaluation loop, for any iterable of batches `(x, y)`."""
+"""Train and evaluate a model on any iterable of batches `(x, y)`."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,7 +16,7 @@ Batch = tuple[Tensor, Tensor]  # tokens x and targets y, both int64 (B, T)
 
 
 class TrainingDiverged(ArithmeticError):
-    """The loss or its gradient is NaN or infinite."""
+    """An error that stops training because the loss or its gradient is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Progress:
 
     step: int
     steps: int
-    loss: float  # nats per token, mean since the last report
+    loss: float  # mean since the last report, in nats per token
     tokens_per_second: float  # mean since the start
-    seconds_left: float  # estimate
+    seconds_left: float  # an estimate
 
     def __str__(self) -> str:
         return (
@@ -40,16 +40,17 @@ class Progress:
 class TrainResult:
     """The result of `train_steps`."""
 
-    loss: float  # nats per token, mean over all steps
+    loss: float  # mean over all steps, in nats per token
     steps: int
-    tokens: int  # elements of x in all batches
+    tokens: int  # number of elements of x in all batches
     seconds: float  # wall-clock time of the whole loop
 
 
 def _slices(batch: Batch, runtime: Runtime) -> list[Batch]:
-    """Cut the batch into nearly equal slices of whole rows.
+    """Cut the batch into slices of whole rows, with nearly equal numbers of rows.
 
-    A slice has at most `runtime.micro_batch_tokens` tokens, or one row if a row has more.
+    A slice has at most `runtime.micro_batch_tokens` tokens. If one row has more tokens than this,
+    each slice has one row.
     """
     x, y = batch
     if len(x) != len(y):
@@ -65,7 +66,7 @@ def _backward(model: nn.Module, batch: Batch, runtime: Runtime) -> Tensor:
     """Add the gradient of the batch's mean loss to the parameters.
 
     Returns:
-        The mean loss of the batch, a scalar.
+        The mean loss of the batch, as a scalar.
     """
     slices = _slices(batch, runtime)
     if len(slices) == 1:
@@ -75,7 +76,7 @@ def _backward(model: nn.Module, batch: Batch, runtime: Runtime) -> Tensor:
         return loss.detach()
     counts = [int((y != IGNORED).sum()) for _, y in slices]
     if sum(counts) == 0:
-        return torch.tensor(math.nan)  # the mean of no values, as in the case of one slice
+        return torch.tensor(math.nan)  # the mean of no values is NaN, as for a batch with one slice
     total = torch.zeros((), device=runtime.device)
     for (x, y), count in zip(slices, counts, strict=True):
         if count == 0:
@@ -105,25 +106,25 @@ def train_steps(
         model: the model, on the device of `runtime` (see `Runtime.prepare`). `model(x, y)` must
             return `(logits, loss)`, and the loss must be the mean over all targets that are not
             -1. The model is left in training mode.
-        batches: pairs `(x, y)` of int64 (B, T). The loop takes exactly `steps` of them, and moves
-            each to the device. A batch passes through the model in slices of
-            `runtime.micro_batch_tokens`.
-        optimizer: an optimizer of the model's parameters.
+        batches: pairs `(x, y)` of int64 (B, T). The loop takes exactly `steps` batches and moves
+            each batch to the device. A batch passes through the model in slices of at most
+            `runtime.micro_batch_tokens` tokens.
+        optimizer: an optimizer for the model's parameters.
         steps: number of steps, at least 1.
         runtime: device, precision and slices.
-        grad_clip: largest norm of the gradient over all parameters. A longer gradient is scaled
-            down to it. 0 means no limit.
-        learning_rate: a function from the step, counted from 1, to its learning rate. None keeps
-            the optimizer's own rate.
-        on_progress: a function that gets a report after the first step, after the last step, and
-            about every `progress_seconds` between them.
+        grad_clip: largest allowed norm of the gradient over all parameters. A longer gradient is
+            scaled down to this norm. 0 means no limit.
+        learning_rate: a function that takes the number of a step, counted from 1, and returns the
+            learning rate for this step. None keeps the optimizer's own rate.
+        on_progress: a function that receives a report after the first step, after the last step,
+            and about every `progress_seconds` between these steps.
         progress_seconds: seconds between two reports.
 
     Raises:
-        ValueError: if `batches` ends early, `steps` is below 1, `grad_clip` is below 0, x and y of
-            a batch differ in rows, or all targets of a batch are -1.
-        TrainingDiverged: if a loss or a gradient is NaN or infinite. This step does not change the
-            weights.
+        ValueError: if `batches` ends early, `steps` is below 1, `grad_clip` is below 0, all targets
+            of a batch are -1, or x and y have different numbers of rows.
+        TrainingDiverged: if a loss or a gradient is NaN or infinite. The step in which this happens
+            does not change the weights.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
@@ -131,7 +132,7 @@ def train_steps(
         raise ValueError(f"grad_clip is {grad_clip}; it must be at least 0 (0 means no limit)")
     model.train()
     start = last_report = monotonic()
-    total_loss = recent_loss = 0.0  # sums over all steps, and over the steps since the last report
+    total_loss = recent_loss = 0.0  # sums over all steps, and since the last report
     tokens = recent_steps = 0
     iterator = iter(batches)
     for step in range(1, steps + 1):
@@ -177,16 +178,16 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, runtime: Runtime) ->
     """Compute the mean loss over all targets of all batches, without gradients.
 
     Each target that is not -1 counts once. The result therefore does not depend on the batch size,
-    except for the rounding of sums.
+    apart from rounding errors in the sums.
 
     Args:
-        model: the model, as in `train_steps`. It is evaluated in evaluation mode, and its mode is
-            restored afterwards.
-        batches: pairs `(x, y)` of int64 (B, T). Each is moved to the device.
+        model: the model, as in `train_steps`. It is put into evaluation mode, and its earlier mode
+            is restored afterwards.
+        batches: pairs `(x, y)` of int64 (B, T). Each batch is moved to the device.
         runtime: device, precision and slices.
 
     Returns:
-        The mean in nats per token.
+        The mean loss in nats per token.
 
     Raises:
         ValueError: if there are no batches, or if all targets are -1.
