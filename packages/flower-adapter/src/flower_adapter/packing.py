@@ -1,4 +1,4 @@
-"""Nested state as JSON and named arrays, bit for bit, without pickle.
+"""Store nested state as JSON and named arrays, without pickle, and restore the same bits.
 
 Every state that is kept between rounds, in a `Context` or in a file, goes through this module.
 Dicts, lists, tuples, numbers, strings and bytes become JSON. Tensors, numpy arrays and Flower's

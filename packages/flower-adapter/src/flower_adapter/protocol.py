@@ -1,8 +1,9 @@
-"""Every key and version that travels beside the arrays. No other module spells one.
+"""This module defines every key and version that travels with the arrays.
 
-A message of the server carries Flower's config record, with the keys below, and may carry the
-record `COMPRESSION`. A reply of a client carries the record `CLIENT`, and `COMPRESSION` if the
-message had it.
+Other modules use these names and never write the strings themselves. A message from the server
+carries Flower's config record with the keys below, and may carry the record `COMPRESSION`. A reply
+from a client carries the record `CLIENT`. It also carries `COMPRESSION` if the message had that
+record.
 """
 
 from typing import Any, NamedTuple, cast
@@ -45,7 +46,7 @@ class CompressionHeader(NamedTuple):
         """Read a header from its record.
 
         Raises:
-            ValueError: the record has another version or lacks a field.
+            ValueError: the format version is not supported, or a field is missing.
         """
         version = record.get("format") if isinstance(record, ConfigRecord) else None
         if version != COMPRESSION_VERSION:
@@ -77,10 +78,10 @@ def is_compressed(stype: str) -> bool:
 
 
 def codec_of(stype: str) -> str:
-    """Return the codec that a compressed array names.
+    """Return the codec that is named in the `stype` of a compressed array.
 
     Raises:
-        ValueError: the array has another version of the format.
+        ValueError: the format version is not supported.
     """
     name, _, version = stype.removeprefix(_COMPRESSED).partition("/")
     if version != str(COMPRESSION_VERSION):

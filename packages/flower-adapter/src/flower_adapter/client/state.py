@@ -136,7 +136,7 @@ def load_state(target: Any, state: Any) -> None:
 
 
 def _load_all(states: Mapping[str, Any], targets: Mapping[str, Any]) -> list[str]:
-    """Load every target. If one refuses, restore them all and return the reason."""
+    """Load every target. If one target rejects its state, restore all targets and return why."""
     before = {key: copy.deepcopy(state_of(target)) for key, target in targets.items()}
     for key, target in targets.items():
         try:

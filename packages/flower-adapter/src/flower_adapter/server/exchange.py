@@ -94,7 +94,7 @@ class Exchange:
         return good
 
     def decoded(self, replies: Iterable[GoodReply]) -> Iterator[Message]:
-        """Yield the replies as a strategy takes them, one at a time."""
+        """Decode the kept replies, and yield each reply as a message with plain arrays."""
         for reply in replies:
             message = reply.kept.load()
             message.content = self._decode(message.content)
