@@ -1,4 +1,4 @@
-"""Compare our code with a reference in one run, in alternation."""
+"""Compare our code with a reference. Both run alternately in one benchmark."""
 
 from collections.abc import Callable
 from statistics import median
@@ -12,8 +12,8 @@ import pytest
 def compare(benchmark: Any) -> Callable[..., None]:
     """Return a function that times `ours` with pytest-benchmark, and `reference` before each round.
 
-    The median of the reference goes into the benchmark's extra info, with `amount` in `unit`: how
-    much one round processes.
+    The benchmark's extra info holds the median of the reference. It also holds how much data one
+    round processes: `amount` in `unit`.
     """
 
     def run(

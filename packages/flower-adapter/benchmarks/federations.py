@@ -1,12 +1,13 @@
-"""flower-adapter in Flower's Simulation Runtime, for everything that a unit test cannot show.
+"""Run flower-adapter in Flower's simulation, to test what a unit test cannot show.
 
     python benchmarks/federations.py strategies   runs every strategy of Flower, compressed
     python benchmarks/federations.py faults       runs with a client that misbehaves, in each way
     python benchmarks/federations.py resume       kills runs, resumes them and compares the results
     python benchmarks/federations.py memory       measures the averaging of 10 and of 100 replies
 
-The model is a small CNN with BatchNorm on generated pictures. Clients keep their optimizer's
-momentum from round to round. All arrays travel in two bits both ways. `memory` needs no simulation.
+The model is a small CNN with BatchNorm. It learns from generated pictures. Clients keep their
+optimizer's momentum from round to round. In both directions the arrays travel with two bits per
+value. `memory` needs no simulation.
 """
 
 import argparse
@@ -71,7 +72,7 @@ CODEC = "2-bit"
 
 
 class CNN(nn.Module):
-    """Two classes of 8 x 8 pictures. It is wide, so that a checkpoint takes a while to write."""
+    """A CNN for two classes of 8 x 8 pictures. It is wide, so that a checkpoint takes time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +159,7 @@ OUTER = "StreamingFedAvg with OuterOptimizer (ours)"
 
 
 def built_in() -> dict[str, Callable[[], Strategy]]:
-    """Return every strategy of Flower, with settings that suit seven clients, and ours."""
+    """Return every Flower strategy, with settings for seven clients, and `StreamingFedAvg`."""
     momentum = {"server_learning_rate": 1.0, "server_momentum": 0.5}
     private = {"noise_multiplier": 1e-4, "num_sampled_clients": 7}
     clipped = {**private, "clipping_norm": 10.0}
@@ -197,14 +198,14 @@ def built_in() -> dict[str, Callable[[], Strategy]]:
 
 
 def clipping(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Apply the clipping mod of Flower that the server's config names, if any."""
+    """Apply the Flower clipping mod that the server's config names. Without a name, apply none."""
     mods = {"fixed": fixedclipping_mod, "adaptive": adaptiveclipping_mod}
     mod = mods.get(str(protocol.config_of(message).get("clipping")))
     return call_next(message, context) if mod is None else mod(message, context, call_next)
 
 
 def trees(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Answer a message of a strategy for XGBoost with one more tree."""
+    """Answer a message from an XGBoost strategy with one more tree."""
     arrays = message.content.array_records["arrays"]
     if list(arrays) != ["0"]:
         return call_next(message, context)
@@ -242,7 +243,7 @@ def strategies(names: list[str]) -> None:
 
 
 def run_strategy(grid: Grid, name: str, chosen: Strategy) -> tuple[str, str]:
-    """Run two rounds, and return the loss and what happened in the rounds."""
+    """Run two rounds, and return the loss and a text about the rounds."""
     is_xgboost = name.startswith("FedXgb")
     config = ConfigRecord()
     if "client-side" in name:
@@ -331,7 +332,7 @@ FAULTS: dict[str, Any] = {
 
 
 def misbehave(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Let partition 0 misbehave in the way that the server's config names."""
+    """Apply the fault that the server's config names, but only on partition 0."""
     fault = FAULTS.get(str(protocol.config_of(message).get("fault")))
     if fault is None or int(context.node_config["partition-id"]) != BAD:
         return call_next(message, context)
@@ -347,7 +348,7 @@ def start_afresh(message: Message, context: Context, call_next: ClientAppCallabl
 
 
 def without_bad(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Number the partitions from 1, so that the clients are the good ones of the other runs."""
+    """Number the partitions from 1, so that they match the good clients in the other runs."""
     partition = int(context.node_config["partition-id"])
     context.node_config["partition-id"] = partition + 1
     try:
@@ -492,8 +493,8 @@ ENDED = "the run had ended before"
 def kill_once(directory: Path, generator: random.Random, number: int, written: list[float]) -> str:
     """Start a run, kill it at a random moment, and return the moment.
 
-    Every third run is killed while it writes a checkpoint, the others before the first checkpoint
-    or during a round. `written` holds the moments of the checkpoints of a whole run.
+    Every third run is killed while it writes a checkpoint, and the other runs before the first
+    checkpoint or during a round. `written` holds the times of all checkpoints in a complete run.
     """
     process = start(directory)
     if number % 3 == 0:
@@ -561,7 +562,7 @@ def model_and_reply(codec: str) -> tuple[ArrayRecord, ArrayRecord]:
 
 
 class MakingGrid(LocalGrid):
-    """A grid that makes each reply when it is pulled, so that none waits in memory."""
+    """A grid that makes each reply when it is pulled, so that no reply waits in memory."""
 
     def __init__(self, reply: ArrayRecord, num_nodes: int) -> None:
         super().__init__(ClientApp(), num_nodes)
@@ -592,7 +593,7 @@ def copy_of(array: Array) -> Array:
 
 
 def average(averaging: str, codec: str, count: int) -> None:
-    """Average `count` replies with ours or with Flower's FedAvg, and print memory and seconds."""
+    """Average replies with `run_rounds` or Flower's FedAvg, and print memory and seconds."""
     torch.set_num_threads(1)  # as many as Flower's average uses
     model, reply = model_and_reply(codec)
     grid = MakingGrid(reply, count)
@@ -627,7 +628,7 @@ def peak_memory() -> int:
 
 
 def measure(averaging: str, codec: str, count: int) -> dict[str, float]:
-    """Run `average` in a process of its own."""
+    """Run `average` in a new process."""
     command = [sys.executable, __file__, "average", averaging, codec, str(count)]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return dict(json.loads(output.splitlines()[-1]))
@@ -676,7 +677,7 @@ def show(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 
 def require(rows: list[tuple[str, ...]], is_good: Callable[[tuple[str, ...]], bool]) -> None:
-    """Exit with status 1 if a row is not good, or if there are none."""
+    """Exit with status 1 if a row is not good, or if there are no rows."""
     bad = [row[0] for row in rows if not is_good(row)]
     if bad or not rows:
         sys.exit(f"not as it should be: {bad or 'no row'}")

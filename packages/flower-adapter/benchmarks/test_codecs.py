@@ -47,7 +47,7 @@ def test_encode(
     trained: ArrayRecord,
     codec: str,
 ) -> None:
-    """Time everything with error feedback: delta, codec, decoded arrays and residual."""
+    """Time one whole encoding with error feedback: delta, codec, decoded arrays and residual."""
     residual = deltas.encode(trained, base, codec).residual
     compare(
         lambda: deltas.encode(trained, base, codec, residual),

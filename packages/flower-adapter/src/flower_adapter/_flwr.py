@@ -1,16 +1,17 @@
-"""Every name that this package takes from outside Flower's public modules, with the reason.
+"""This module imports every name that does not come from Flower's public modules.
 
 Flower's public modules are `flwr.app`, `flwr.clientapp`, `flwr.serverapp` and
-`flwr.serverapp.strategy`. All else may change in any release. `pyproject.toml` therefore bounds
-`flwr` from above, and a new release of Flower is tried against this file first.
+`flwr.serverapp.strategy`. Any other module of Flower may change in any release. `pyproject.toml`
+therefore sets an upper bound on the version of `flwr`. When Flower has a new release, test this
+file first.
 """
 
-# An error reply needs a code, and the public `Error` has no list of them.
+# An error reply needs an error code, and Flower's public modules have no list of the codes.
 from flwr.app.typing import ConfigRecordValues, MetricRecordValues  # types of record values
 from flwr.clientapp.typing import ClientAppCallable, Mod  # types of a mod's arguments
 from flwr.common.constant import ErrorCode
 
-# `Grid.run` is abstract, so the grid of `flower_adapter.testing` has to return one of these.
+# `Grid.run` is abstract, so the grid in `flower_adapter.testing` has to return a `Run`.
 from flwr.supercore.run import Run
 
 # A process can only make messages once it knows its run, node and task. Flower sets them in a

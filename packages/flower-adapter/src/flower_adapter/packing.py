@@ -1,9 +1,10 @@
-"""Store nested state as JSON and named arrays, without pickle, and restore the same bits.
+"""Store nested state as JSON and named arrays, and restore exactly the same bits.
 
-Every state that is kept between rounds, in a `Context` or in a file, goes through this module.
-Dicts, lists, tuples, numbers, strings and bytes become JSON. Tensors, numpy arrays and Flower's
-arrays become Flower `Array`s beside the JSON. numpy lacks bfloat16 and float8, so tensors of these
-dtypes are kept as integers with the same bits. Such arrays must not be averaged.
+All state that a `Context` or a file keeps between rounds goes through this module. It does not use
+pickle. Dicts, lists, tuples, numbers, strings and bytes become JSON. Tensors, numpy arrays and
+Flower's arrays become Flower `Array`s, and the JSON refers to them by name. numpy lacks bfloat16
+and float8, so tensors in these dtypes are kept as integers with the same bits. Such arrays must
+not be averaged.
 """
 
 import base64
@@ -64,8 +65,9 @@ def pack(value: Any, path: str) -> tuple[str, dict[str, Array]]:
 def unpack(structure: str, arrays: Mapping[str, Array]) -> Any:
     """Return the value that was given to `pack`.
 
-    Tensors are new, on the CPU, with the same dtype and bits. A parameter becomes a plain tensor.
-    An OrderedDict or defaultdict becomes a dict. All other types are restored.
+    Tensors are new tensors on the CPU with the same dtype and bits. A parameter becomes a plain
+    tensor. An OrderedDict or defaultdict becomes a dict. Values of all other types keep
+    their type.
 
     Raises:
         KeyError, TypeError, ValueError: `structure` and `arrays` do not come from `pack`.
@@ -123,7 +125,7 @@ def read_file(path: Path) -> tuple[str, dict[str, Array]]:
 def sync(path: Path) -> None:
     """Sync a file, or the entries of a directory, to the disk.
 
-    Windows cannot sync a directory, so there this does nothing for one.
+    Windows cannot sync a directory. On Windows this function therefore ignores directories.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -237,5 +239,5 @@ def _load(array: Array, dtype_name: str) -> Tensor:
 
 
 def _bits_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return `dtype`, or an integer dtype of the same size if numpy lacks it."""
+    """Return `dtype`, or an integer dtype of the same size if numpy lacks `dtype`."""
     return _BITS[dtype.itemsize] if dtype in WIDENED else dtype

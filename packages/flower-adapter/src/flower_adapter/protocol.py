@@ -16,15 +16,16 @@ NUM_EXAMPLES = "num-examples"
 
 # Keys of the config record, set by a server that writes checkpoints.
 RUN = "flower-adapter.run"  # id of the first attempt of the run, the same after each resume
-ATTEMPTS = "flower-adapter.attempts"  # "4:1f0c…" for each resume: round, id of the attempt
+ATTEMPTS = "flower-adapter.attempts"  # "4:1f0c…" for each resume: round and attempt id
 
-# The record of a reply that says who answers.
+# The record in a reply that names the client.
 CLIENT = "client"
 LABEL = "label"
 LABEL_ACTION = "label"
 LABEL_QUERY = f"{MessageType.QUERY}.{LABEL_ACTION}"
 
-# The record that describes compressed arrays, and the prefix of its states in a client's context.
+# The record that describes compressed arrays. A client's context also uses this name, as the
+# prefix of two states: the model and the error feedback.
 COMPRESSION = "flower-adapter.compression"
 COMPRESSION_VERSION = 1
 _COMPRESSED = "flower-adapter/"  # how the `stype` of a compressed array begins
@@ -62,7 +63,7 @@ class CompressionHeader(NamedTuple):
         return cls(*cast(list[str], values))
 
     def to_record(self) -> ConfigRecord:
-        """Return the record for a message. Empty fields are left out: Flower cannot count them."""
+        """Return the record for a message. It has no empty fields: Flower cannot count them."""
         fields = {name: value for name, value in self._asdict().items() if value}
         return ConfigRecord({"format": COMPRESSION_VERSION, **fields})
 
@@ -93,7 +94,7 @@ def codec_of(stype: str) -> str:
 
 
 def default_label(context: Context) -> str:
-    """Return "partition 0007" if the node has a partition id, else "node" and the node id."""
+    """Return a label such as "partition 0007", or "node" and the node id without a partition id."""
     partition = context.node_config.get("partition-id")
     if partition is None:
         return f"node {context.node_id}"
@@ -106,7 +107,7 @@ def label_record(label: str) -> ConfigRecord:
 
 
 def label_of(reply: Message) -> str | None:
-    """Return the label in a reply, or None if there is none."""
+    """Return the label in a reply, or None if the reply has no label."""
     if reply.has_error():
         return None
     record = reply.content.config_records.get(CLIENT)
@@ -115,5 +116,5 @@ def label_of(reply: Message) -> str | None:
 
 
 def config_of(message: Message) -> ConfigRecord:
-    """Return the server's config in a message. A message without one has an empty config."""
+    """Return the server's config in a message. Without a config record it is empty."""
     return next(iter(message.content.config_records.values()), ConfigRecord())

@@ -1,4 +1,4 @@
-"""A federation in one process, to test a ClientApp and a strategy in milliseconds.
+"""Test a ClientApp and a strategy in milliseconds, with a federation in one process.
 
     from flower_adapter import run_rounds, to_arrays, torch_client_app
     from flower_adapter.testing import LocalGrid
@@ -6,8 +6,8 @@
     grid = LocalGrid(torch_client_app(build_model, train), num_nodes=3)
     result = run_rounds(grid, FedAvg(fraction_evaluate=0.0), to_arrays(model), num_rounds=2)
 
-No process, port or serialization of Flower is involved, so an error in a client's code shows with
-its own traceback.
+Flower's processes, ports and serialization are not used, so an error in a client's code shows its
+own traceback.
 """
 
 import copy
@@ -29,18 +29,18 @@ class LocalGrid(Grid):
 
     Like Flower's simulation it gives each node a random id, the node config "partition-id" and
     "num-partitions", and a context that lasts as long as the grid. Replies come in random order. A
-    ValueError of the ClientApp becomes an error reply with the text of Flower's deployment. Any
-    other exception is raised to the test.
+    ValueError from the ClientApp becomes an error reply with the same text as in Flower's
+    deployment. Any other exception is raised in the test.
 
     Flower only lets the process of a ServerApp make messages, so the first grid gives this process
-    such an identity.
+    the identity of a ServerApp.
 
     Args:
         client_app: the ClientApp of every node.
         num_nodes: number of nodes.
         run_config: the run config in each node's context.
-        node_config: values for the node config of every node, beside the two above.
-        seed: decides the ids of the nodes and the order of the replies.
+        node_config: more values for the node config of every node.
+        seed: the seed for the node ids and the order of the replies.
         run_id: id of the run.
 
     Attributes:
@@ -64,7 +64,7 @@ class LocalGrid(Grid):
         self.run_id = run_id
         self.sent: list[Message] = []
         self._chance = random.Random(seed)
-        self._replies: dict[str, Message] = {}  # by id of the message
+        self._replies: dict[str, Message] = {}  # by message id
         self.contexts = {
             node: Context(
                 run_id,
@@ -93,7 +93,7 @@ class LocalGrid(Grid):
         return [m for m in self.sent if m.metadata.message_type == message_type]
 
     def reply(self, message: Message) -> Message:
-        """Return the reply to one message. A subclass may change either."""
+        """Return the reply to a message. A subclass may change the message or the reply."""
         try:
             return self.client_app(message, self.contexts[message.metadata.dst_node_id])
         except ValueError as error:
@@ -107,7 +107,7 @@ class LocalGrid(Grid):
         replies = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(uuid4())
-            # A strategy gives one content to all messages. Each client gets its own copy.
+            # A strategy gives the same content to all messages. Each client gets its own copy.
             message.content = RecordDict(dict(message.content))
             self.sent.append(copy.copy(message))
             self.sent[-1].content = RecordDict(dict(message.content))

@@ -1,4 +1,4 @@
-"""The weighted mean of records, one record at a time."""
+"""Compute the weighted mean of records, one record at a time."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from torch import Tensor
 from flower_adapter.arrays import npy
 from flower_adapter.arrays.convert import ARRAY_DTYPES, describe
 
-BLOCK = 128  # records that are averaged among themselves before they join the total
+BLOCK = 128  # records that are averaged as one block before the block joins the total
 
 _DTYPES = frozenset(map(np.dtype, ARRAY_DTYPES.values()))
 
@@ -21,13 +21,14 @@ _DTYPES = frozenset(map(np.dtype, ARRAY_DTYPES.values()))
 class Average:
     """A running weighted mean of `ArrayRecord`s with equal names, shapes and dtypes.
 
-    Memory does not grow with the number of records. It holds one mean, and a second one from the
-    129th record on. Floats and complex numbers are averaged in their own precision, half precision
-    in single. The mean is a running one (Welford, 1962) over blocks of 128 records and then over
-    the blocks (Higham, "The accuracy of floating point summation", 1993), so the rounding error of
-    ten thousand records is that of a few hundred. The difference of two values must lie within the
-    range of their dtype. Integers and bools are averaged in double precision and rounded to the
-    nearest, ties to even.
+    Memory does not grow with the number of records. It holds one mean, and from the 129th record
+    on it holds two means. Floats and complex numbers are averaged in their own precision. Half
+    precision is averaged in single precision. Each block of 128 records has a running mean
+    (Welford, 1962), and the blocks have another one (Higham, "The accuracy of floating point
+    summation", 1993). The rounding error of ten thousand records is therefore only as large as
+    that of a few hundred records. The difference of two values must lie within the range of their
+    dtype. Integers and bools are averaged in double precision and rounded to the nearest integer,
+    ties to even.
     """
 
     def __init__(self) -> None:
@@ -43,8 +44,8 @@ class Average:
         """Add one record to the mean.
 
         Raises:
-            ValueError: the weight is not a positive number, or names, shapes or dtypes differ from
-                those of the first record. The mean is unchanged.
+            ValueError: the weight is not a positive number, or the names, shapes or dtypes differ
+                from those in the first record. The mean is then unchanged.
         """
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"weight is {weight}, should be a positive number")
@@ -55,7 +56,7 @@ class Average:
             self._close_block()
 
     def result(self) -> ArrayRecord:
-        """Return the mean in the dtypes of the records, and start again with nothing.
+        """Return the mean in the dtypes of the records, and reset to zero records.
 
         Raises:
             ValueError: no record was added.
@@ -67,7 +68,7 @@ class Average:
         mean = (self._total if self._total.count else self._block).means
         record = ArrayRecord()
         for name, dtype in self._dtypes.items():
-            # Popped, so that one array at a time is in memory twice.
+            # `pop` removes each mean from the dict, so only one array at a time is in memory twice.
             record[name] = npy.to_array(npy.cast(mean.pop(name).numpy(), dtype))
         self._begin()
         return record
@@ -99,7 +100,7 @@ class _Mean:
         self.restart()
 
     def restart(self) -> None:
-        """Start again with nothing, in the same memory."""
+        """Reset to zero records, and reuse the same memory."""
         self.weight = 0.0
         self.count = 0
 
@@ -117,10 +118,10 @@ class _Mean:
 
 
 def average_arrays(weighted: Iterable[tuple[ArrayRecord, float]]) -> ArrayRecord:
-    """Return the weighted mean of records and weights, taken from the iterable one at a time.
+    """Return the weighted mean. The iterable yields pairs of a record and its weight.
 
     Raises:
-        ValueError: `Average.add` refuses a record, or the iterable is empty.
+        ValueError: `Average.add` rejects a record, or the iterable is empty.
     """
     average = Average()
     for arrays, weight in weighted:
@@ -129,7 +130,7 @@ def average_arrays(weighted: Iterable[tuple[ArrayRecord, float]]) -> ArrayRecord
 
 
 def _operand(values: NDArray[Any]) -> Tensor:
-    """Return `values` in a dtype that torch can average: integers in double, half in single."""
+    """Return `values` in a dtype that torch can average: double for integers, single for half."""
     if values.dtype.kind in "biu":
         return torch.from_numpy(np.asarray(values, np.float64))
     if values.dtype == np.float16:

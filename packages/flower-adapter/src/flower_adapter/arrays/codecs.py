@@ -1,18 +1,21 @@
-"""Codecs: each packs one float32 tensor of two or more dimensions into fewer bytes.
+"""This module defines the codecs. A codec packs one float32 tensor into fewer bytes.
 
-| codec | bits a value | scale |
+The tensor has two or more dimensions.
+
+| codec | bits per value | scale |
 |---|---|---|
 | fp32 | 32 | exact |
 | bf16 | 16 | its own exponent, round to nearest even |
 | int8 | 8 | largest magnitude of each channel (the first dimension), float32 |
 | int4 | 4.125 | largest magnitude of each block of 128 values, bfloat16 |
 | 2-bit | 2.125 | least squares over each block of 128 values, bfloat16 |
-| top-k | 64 a kept value | exact; keeps the largest 1 % of each tensor, or 5 % as "top-k:0.05" |
+| top-k | 64 per kept value | exact; keeps the largest 1 % of each tensor, or 5 % as "top-k:0.05" |
 
 int4 and 2-bit follow the blockwise quantization of MuLoCo (arXiv 2505.23725). "2-bit" has the four
 levels of the Lloyd-Max quantizer for a normal distribution (Max, "Quantizing for minimum
-distortion", 1960). Its scale is then fitted to the chosen levels, so the error of a block is never
-larger than the block itself. Error feedback needs this (arXiv 1901.09847).
+distortion", 1960). The scale of "2-bit" is then fitted to the chosen levels. The norm of a block's
+error is therefore never larger than the norm of the block. Error feedback needs this bound (arXiv
+1901.09847).
 """
 
 import math
@@ -28,7 +31,7 @@ from flower_adapter.arrays import npy
 
 BLOCK = 128  # values that share a scale in int4 and 2-bit
 KEPT = 0.01  # fraction of a tensor's values that top-k keeps by default
-# The levels of 2-bit and the threshold between them, in standard deviations.
+# The levels of 2-bit, and the threshold between the levels, in standard deviations.
 _LOW, _HIGH, _THRESHOLD = 0.4528, 1.5104, 0.9816
 
 Shape = tuple[int, ...]
@@ -51,7 +54,7 @@ def codec(name: str) -> Codec:
     """Return the codec "fp32", "bf16", "int8", "int4", "2-bit", "top-k" or "top-k:0.05".
 
     Raises:
-        CodecError: there is no such codec. The text lists those that exist.
+        CodecError: there is no such codec. The text lists the codecs that exist.
     """
     if not isinstance(name, str):
         raise CodecError(f"codec is {name!r}, should be a name such as '2-bit'")
@@ -71,7 +74,7 @@ def _bytes(tensor: Tensor) -> bytes:
 def _tensor(data: bytes, dtype: torch.dtype, start: int, stop: int) -> Tensor:
     """Return a read-only view of part of `data`."""
     raw = npy.tensor_view(np.frombuffer(data, np.uint8)[start:stop])
-    # A view of a wider dtype must be aligned. Data that is not aligned is copied.
+    # A view in a wider dtype must be aligned. Data that is not aligned is copied.
     return raw.view(dtype) if start % dtype.itemsize == 0 else raw.clone().view(dtype)
 
 
@@ -101,7 +104,7 @@ def _decode_bf16(data: bytes, shape: Shape) -> Tensor:
 def _encode_int8(values: Tensor) -> bytes:
     channels = values.reshape(values.shape[0], -1)
     scales = channels.abs().amax(1, keepdim=True) / 127
-    # Clamped, because a scale near the smallest floats is rounded down.
+    # The result is clamped, because a scale near the smallest floats is rounded down.
     quantized = (channels / _divisor(scales)).round_().clamp_(-127, 127).to(torch.int8)
     return _bytes(scales) + _bytes(quantized)
 
@@ -151,7 +154,7 @@ def _decode_2bit(data: bytes, shape: Shape) -> Tensor:
     count = _num_blocks(shape)
     _expect("2-bit", data, count * (2 + BLOCK // 4))
     packed = np.frombuffer(data, np.uint8, offset=2 * count)
-    # One look-up gives the four values of a byte. This is faster than shifting and masking.
+    # One look-up gives the four values of a byte. A look-up is faster than shifting and masking.
     levels = torch.from_numpy(_FOUR_LEVELS[packed])
     return _scaled(levels.view(count, BLOCK), data, shape)
 
@@ -162,7 +165,7 @@ def _scaled(levels: Tensor, data: bytes, shape: Shape) -> Tensor:
 
 
 def _blocks(values: Tensor) -> Tensor:
-    """Return `values` in rows of `BLOCK`. Zeros fill the last row."""
+    """Return `values` as rows of `BLOCK` values. Zeros fill the last row."""
     flat = values.reshape(-1)
     return torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
 

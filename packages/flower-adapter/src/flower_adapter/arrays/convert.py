@@ -1,10 +1,11 @@
 """Convert any torch module to a Flower `ArrayRecord` and back.
 
 - Tied weights travel once.
-- numpy lacks bfloat16 and float8. They travel as float32, which holds each of their values exactly.
-- Names are those of the bare module, without what `torch.compile` and `DistributedDataParallel`
-  add.
-- Loading checks everything before it writes anything.
+- numpy lacks bfloat16 and float8. Such tensors travel as float32, which holds every bfloat16 and
+  float8 value exactly.
+- Names are those of the bare module. They have no prefixes from `torch.compile` or
+  `DistributedDataParallel`.
+- Loading checks all arrays before it writes the first one.
 """
 
 from collections.abc import Container, Mapping
@@ -55,11 +56,11 @@ T = TypeVar("T")
 
 
 class ArrayMismatch(ValueError):
-    """The arrays do not fit the module. Nothing was loaded.
+    """An error: the arrays do not fit the module. Nothing was loaded.
 
     Attributes:
-        module_name: class of the module.
-        mismatches: for each name, what the array is and what it should be.
+        module_name: the class name of the module.
+        mismatches: a text for each name. It says what the array is and what it should be.
     """
 
     def __init__(self, module_name: str, mismatches: Mapping[str, str]) -> None:
@@ -75,16 +76,17 @@ class ArrayMismatch(ValueError):
 def to_arrays(
     module_or_state_dict: nn.Module | Mapping[str, Tensor], *, select: Selection | None = None
 ) -> ArrayRecord:
-    """Return the parameters and persistent buffers of a module, named as in its `state_dict`.
+    """Return the parameters and persistent buffers of a module, by their `state_dict` names.
 
-    If several names share storage, offset, shape and stride, the record holds only the first.
-    bfloat16 and float8 become float32, exactly. All other dtypes stay. With `select` (see
+    If several names share storage, offset, shape and stride, the record holds only the first name.
+    bfloat16 and float8 become float32 without any loss. All other dtypes stay. With `select` (see
     `flower_adapter.arrays.selection`) the record holds only the selected entries.
 
     Raises:
         TypeError: an entry is not a dense tensor with data of a supported dtype, or the module's
             `state_dict` holds extra state.
-        ValueError: two names differ only in what `torch.compile` adds, or nothing is selected.
+        ValueError: two names are equal without the parts that `torch.compile` adds, or nothing is
+            selected.
     """
     tensors = _named_tensors(module_or_state_dict)
     record = ArrayRecord()
@@ -94,17 +96,18 @@ def to_arrays(
 
 
 def load_arrays(module: nn.Module, record: ArrayRecord, *, select: Selection | None = None) -> None:
-    """Copy a record, as `to_arrays` makes it, into the parameters and buffers of `module`.
+    """Copy a record from `to_arrays` into the parameters and buffers of `module`.
 
-    A tied weight needs one of its names in the record. If the record holds several of its names,
-    their values must agree. Averaging turns integer and bool buffers into floats: such a float is
-    rounded. A float of another width, or an integer, is cast to a float parameter. With `select`
-    the record must hold the selected entries and no others.
+    The record must hold at least one name of each tied weight. If it holds several names of one
+    tied weight, their values must be equal. Averaging turns integer and bool buffers into floats.
+    Loading rounds such a float. If a parameter is a float, loading casts integers and floats of
+    another width to the parameter's dtype. With `select` the record must hold the selected entries
+    and no others.
 
     Raises:
         ArrayMismatch: a name is missing or unexpected, a shape differs, or values cannot be cast
             (complex to real, NaN to integer, out of range). The module is unchanged.
-        TypeError: `record` is not an ArrayRecord, or `to_arrays` would refuse the module.
+        TypeError: `record` is not an ArrayRecord, or `to_arrays` would reject the module.
         ValueError: nothing is selected.
     """
     if not isinstance(record, ArrayRecord):
@@ -145,12 +148,12 @@ def load_arrays(module: nn.Module, record: ArrayRecord, *, select: Selection | N
 
 
 def signature(module_or_state_dict: nn.Module | Mapping[str, Tensor]) -> dict[str, str]:
-    """Return dtype and shape of each parameter and persistent buffer: "float32 (3, 4)"."""
+    """Return the dtype and shape of each parameter and buffer, such as "float32 (3, 4)"."""
     return {name: describe(tensor) for name, tensor in _named_tensors(module_or_state_dict).items()}
 
 
 def to_array(tensor: Tensor) -> Array:
-    """Return a dense tensor of any device and strides as an `Array`; bfloat16 becomes float32."""
+    """Return a dense tensor as an `Array`. bfloat16 and float8 become float32."""
     values = tensor.detach().to("cpu", torch.float32 if tensor.dtype in WIDENED else tensor.dtype)
     return npy.to_array(values.resolve_conj().resolve_neg().numpy())
 
@@ -158,7 +161,7 @@ def to_array(tensor: Tensor) -> Array:
 def widen_integers(arrays: ArrayRecord) -> None:
     """Turn integer and bool arrays into float64, in place.
 
-    Some strategies of Flower scale arrays in place, which integers refuse.
+    Some Flower strategies scale arrays in place, and numpy cannot scale integers in place.
     """
     for name, array in list(arrays.items()):
         if np.dtype(array.dtype).kind in "biu":
@@ -166,7 +169,7 @@ def widen_integers(arrays: ArrayRecord) -> None:
 
 
 def narrow_like(arrays: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
-    """Return `arrays` in the dtypes of `like`. Integers are rounded to the nearest."""
+    """Return `arrays` in the dtypes of `like`. For an integer dtype the values are rounded."""
     narrowed = ArrayRecord()
     for name, array in arrays.items():
         changed = name in like and array.dtype != like[name].dtype
@@ -175,12 +178,12 @@ def narrow_like(arrays: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
 
 
 def entries(module: nn.Module) -> list[Entry]:
-    """Return each distinct parameter and persistent buffer, as a selection sees it."""
+    """Return an `Entry` for each distinct parameter and persistent buffer."""
     return [entry for _, entry in _entries(module, _named_tensors(module))]
 
 
 def describe(values: Tensor | Array | NDArray[Any]) -> str:
-    """Return dtype and shape: "float32 (3, 4)"."""
+    """Return the dtype and shape as a text, such as "float32 (3, 4)"."""
     dtype = _dtype_name(values.dtype) if isinstance(values, Tensor) else str(values.dtype)
     return f"{dtype} {tuple(values.shape)}"
 
@@ -188,7 +191,7 @@ def describe(values: Tensor | Array | NDArray[Any]) -> str:
 def _entries(
     module_or_state_dict: nn.Module | Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> list[tuple[list[str], Entry]]:
-    """Return each distinct tensor's names and its entry."""
+    """Return the names and the `Entry` of each distinct tensor."""
     owners = {}
     if isinstance(module_or_state_dict, nn.Module):
         owners = _owners(module_or_state_dict)
@@ -224,11 +227,11 @@ def _is_selected(select: Selection, entry: Entry) -> bool:
 
 
 def _owners(module: nn.Module) -> dict[str, tuple[Tensor, nn.Module]]:
-    """Return each parameter and buffer with the module that holds it."""
+    """Return each parameter and buffer together with the module that holds it."""
     owned: dict[str, tuple[Tensor, nn.Module]] = {}
     modules = dict(module.named_modules(remove_duplicate=False))
     for prefix, holder in modules.items():
-        # The tensors of a parametrization belong to the module that it was put on.
+        # The tensors of a parametrization belong to the parametrized module.
         owner = modules[f".{prefix}".partition(".parametrizations.")[0].removeprefix(".")]
         own = (*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False))
         for name, tensor in own:
@@ -290,7 +293,7 @@ def _bare_names(named: Mapping[str, T], known: Container[str] = ()) -> dict[str,
 
 
 def _tied_names(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Return the names of each distinct tensor, in the order of their first name."""
+    """Return the names of each distinct tensor, in the order of the first names."""
     groups: dict[object, list[str]] = {}
     for name, tensor in tensors.items():
         key = (
@@ -307,7 +310,7 @@ def _tied_names(tensors: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def _fit(array: Array, target: Tensor) -> NDArray[Any] | Tensor:
-    """Return the values of `array` in the dtype of `target`, or raise ValueError with the fault."""
+    """Return the values of `array` in the dtype of `target`, or raise ValueError."""
     values = npy.from_array(array)
     if values.shape != tuple(target.shape):
         raise ValueError(f"is {describe(values)}, should be {describe(target)}")
@@ -341,7 +344,7 @@ def _round(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
             raise ValueError(f"is {values.dtype} with NaN or Inf, should be {dtype}")
         values = np.rint(values)
     low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-    # Python integers, since float(2**63 - 1) is 2**63.
+    # The comparison uses Python integers, because float(2**63 - 1) is 2**63.
     if values.size and not (low <= int(values.min()) and int(values.max()) <= high):
         raise ValueError(f"holds {values.min()} to {values.max()}, should be {low} to {high}")
     return values.astype(dtype)
@@ -355,7 +358,7 @@ def _write(target: Tensor, values: NDArray[Any] | Tensor) -> None:
     if isinstance(values, Tensor):
         target.copy_(values)
     elif target.device.type == "cpu" and not (target.is_conj() or target.is_neg()):
-        # One copy: torch.from_numpy would need a second, writable one.
+        # This makes one copy. torch.from_numpy would need a second copy that is writable.
         np.copyto(target.numpy(), values)
         torch.autograd.graph.increment_version(target)
     else:

@@ -1,11 +1,12 @@
-"""Compress arrays as deltas to a model that both sides hold, and decode them again.
+"""Compress arrays as deltas to a model that both sides hold, and decode compressed arrays.
 
 A compressed array keeps its name, dtype and shape. Its `stype` names the codec and the version of
 the format, so a reader that does not know the format fails with Flower's "Unsupported
 serialization type".
 
 Only float arrays of two or more dimensions are compressed. Biases, normalization weights, running
-statistics and integers travel as they are: they are few, and a variance must not become negative.
+statistics and integers travel without compression. They take few bytes, and a lossy codec could
+make a variance negative.
 """
 
 from collections.abc import Mapping
@@ -19,11 +20,11 @@ from flower_adapter import protocol
 from flower_adapter.arrays import npy
 from flower_adapter.arrays.codecs import CodecError, codec
 
-Residual = Mapping[str, Tensor]  # by name of the array; float32 or float64
+Residual = Mapping[str, Tensor]  # the loss by array name; float32 or float64
 
 
 class Encoded(NamedTuple):
-    """Compressed arrays, and what the compression lost."""
+    """Compressed arrays, and the loss from the compression."""
 
     arrays: ArrayRecord  # to be sent
     decoded: ArrayRecord  # the arrays that the other side will have after decoding
@@ -35,8 +36,8 @@ def encode(
 ) -> Encoded:
     """Compress `arrays` as deltas to `base`, after adding the `residual` of the last call.
 
-    An array that is not to be compressed, or that `base` lacks in this dtype and shape, stays as it
-    is.
+    An array stays as it is if arrays like it are never compressed, or if `base` has no array with
+    the same name, dtype and shape.
 
     Raises:
         CodecError: the codec is unknown, or a delta holds NaN, Inf or values too large for it.
@@ -52,7 +53,7 @@ def encode(
         if residual is not None and name in residual and residual[name].shape == delta.shape:
             delta += residual[name]
         used, data = chosen, chosen.encode(delta.float())
-        if len(data) > 4 * delta.numel():  # the scales outweigh so few values
+        if len(data) > 4 * delta.numel():  # the scales of a very small array
             used = codec("fp32")
             data = used.encode(delta.float())
         decoded[name] = _moved(before, used.decode(data, array.shape))
@@ -70,7 +71,7 @@ def decode(arrays: ArrayRecord, base: ArrayRecord) -> ArrayRecord:
 
     Raises:
         CodecError: the codec or its version is unknown, the data is damaged, or `base` has no
-            array of that name, dtype and shape.
+            array with the same name, dtype and shape.
     """
     decoded = ArrayRecord()
     for name, array in arrays.items():

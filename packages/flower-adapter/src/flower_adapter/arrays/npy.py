@@ -1,7 +1,8 @@
-"""numpy arrays and tensors to Flower's `Array`, with one copy, and back, with none.
+"""Convert numpy arrays and tensors to Flower's `Array` with one copy, and back without a copy.
 
 Flower's `Array` holds the bytes that `numpy.save` writes. `numpy.save` copies in chunks and
-`numpy.load` copies again. The functions here write the bytes once and read them in place.
+`numpy.load` copies the bytes again. The functions here write the bytes once and read them in
+place.
 """
 
 import ctypes
@@ -31,7 +32,7 @@ def from_array(array: Array) -> NDArray[Any]:
     """Return the values of `array` as a read-only view of its bytes.
 
     Raises:
-        ValueError: the bytes are not one whole array in numpy's format 1.0 or 2.0, or the array
+        ValueError: the bytes are not exactly one array in numpy's format 1.0 or 2.0, or the array
             would need pickle.
     """
     if array.stype != STYPE:
@@ -50,9 +51,10 @@ def from_array(array: Array) -> NDArray[Any]:
 
 
 def cast(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return `values` as `dtype`. A float becomes the nearest integer in the range of `dtype`."""
+    """Return `values` in `dtype`. For an integer `dtype`, round and clip floats."""
     if dtype.kind in "iu" and values.dtype.kind == "f":
-        # The largest double below 2**63 or 2**64: a mean in double precision can round up to it.
+        # `most` is the largest double below 2**63 or 2**64, the limit of the integer dtype. A mean
+        # in double precision can be rounded up to this limit.
         most = np.nextafter(2.0 ** (8 * dtype.itemsize - (dtype.kind == "i")), 0)
         values = np.clip(np.rint(values), np.iinfo(dtype).min, most)
     elif dtype.kind == "b":
@@ -65,7 +67,8 @@ def tensor_view(values: NDArray[Any]) -> Tensor:
     """Return a tensor that shares the memory of `values`. The caller must not write to it.
 
     Values that are not in C order are copied. torch has no read-only tensors and warns about
-    read-only arrays, so a view through ctypes hides the flag. The tensor keeps `values` alive.
+    read-only arrays. A view through ctypes hides the read-only flag. The tensor keeps `values`
+    alive.
     """
     values = np.asarray(values, order="C")
     if values.flags.writeable or values.size == 0:
@@ -92,7 +95,7 @@ def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
 
 
 def _header_size(data: bytes) -> int:
-    """Return how many bytes stand before the values: magic, version, length and header."""
+    """Return the number of bytes before the values: magic, version, length and header."""
     version = np.lib.format.read_magic(BytesIO(data[:8]))
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"is in numpy format {version}, should be (1, 0) or (2, 0)")
@@ -103,9 +106,9 @@ def _header_size(data: bytes) -> int:
     return size
 
 
-@lru_cache(maxsize=1024)  # numpy parses a header in more time than it takes to add an array
+@lru_cache(maxsize=1024)  # parsing a header takes longer than adding an array to a sum
 def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Return shape, Fortran order and dtype."""
+    """Return the shape, the Fortran order and the dtype that a header describes."""
     stream = BytesIO(header)
     if np.lib.format.read_magic(stream) == (1, 0):
         return np.lib.format.read_array_header_1_0(stream)

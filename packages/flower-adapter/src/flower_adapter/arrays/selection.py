@@ -1,6 +1,6 @@
-"""Which parameters and buffers travel: functions for `select=` of `to_arrays` and `load_arrays`.
+"""Select the parameters and buffers that travel, with `select=` of `to_arrays` and `load_arrays`.
 
-A selection takes an `Entry` and returns True or False. The functions here are examples, and a
+A selection takes an `Entry` and returns True or False. This module holds common selections, and a
 lambda works as well. An entry that is not selected keeps its value on both sides.
 """
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 
 class Entry(NamedTuple):
-    """A parameter or persistent buffer. A tied one appears once, under its first name."""
+    """A parameter or persistent buffer. A tied parameter appears once, under its first name."""
 
-    name: str  # its name in the record
+    name: str  # the name in the record
     tensor: Tensor
-    owner: nn.Module | None  # the module that holds it; None in a bare state dict
+    owner: nn.Module | None  # the module that holds the tensor; None in a bare state dict
 
 
 Selection: TypeAlias = Callable[[Entry], bool]
@@ -35,7 +35,7 @@ def trainable(entry: Entry) -> bool:
     """Select the parameters that require a gradient.
 
     Raises:
-        TypeError: the entry comes from a bare state dict, whose tensors never require a gradient.
+        TypeError: the entry comes from a bare state dict. Its tensors never require a gradient.
     """
     if entry.owner is None:
         raise TypeError(f"{entry.name} comes from a state dict: trainable needs a module")
@@ -46,7 +46,8 @@ def without_normalization(entry: Entry) -> bool:
     """Select all entries outside torch's normalization layers: FedBN (arXiv 2102.07623).
 
     Raises:
-        TypeError: the entry comes from a bare state dict, which does not name its layers.
+        TypeError: the entry comes from a bare state dict. A state dict does not name
+            the layer classes.
     """
     if entry.owner is None:
         raise TypeError(
@@ -56,15 +57,15 @@ def without_normalization(entry: Entry) -> bool:
 
 
 def matching(*patterns: str) -> Selection:
-    """Select names that match one of the shell patterns: `matching("head.*")`."""
+    """Select names that match at least one shell pattern, for example `matching("head.*")`."""
     return lambda entry: any(fnmatchcase(entry.name, pattern) for pattern in patterns)
 
 
 def excluding(*patterns: str) -> Selection:
-    """Select names that match none of the shell patterns."""
+    """Select names that match no shell pattern in the list."""
     matches = matching(*patterns)
     return lambda entry: not matches(entry)
 
 
 adapters = matching("*lora_*", "*adapter*")
-"""Select low-rank and other adapters by the names that PEFT and most libraries use."""
+"""Select LoRA and other adapters by the names that PEFT and most other libraries use."""

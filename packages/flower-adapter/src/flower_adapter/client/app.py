@@ -1,9 +1,10 @@
-"""A Flower `ClientApp` from a torch model and a train function.
+"""Build a Flower `ClientApp` from a torch model and a train function.
 
-When a ClientApp raises, Flower tells the server. In a deployment it sends the exception's type and
-text, in a simulation it sends Ray's traceback with the text inside. Here ValueError,
-ArithmeticError and OSError mean bad input or a failed computation, so they are answered with an
-error reply of one plain sentence in both. All other exceptions are left to Flower.
+When a ClientApp raises an exception, Flower sends an error to the server. In a deployment the error
+holds the exception's type and text. In a simulation it holds Ray's traceback, which contains the
+text. In this module ValueError, ArithmeticError and OSError mean bad input or a failed computation.
+The client answers these three with an error reply of one plain sentence, in a deployment and in a
+simulation. Flower handles all other exceptions.
 """
 
 import math
@@ -54,20 +55,22 @@ def torch_client_app(
         build_model: makes the module on the client.
         train: returns int or float metrics by name, with "num-examples" above 0.
         evaluate: returns metrics in the same form.
-        label: names the client. Give a name that is the same in every run, for example a digest of
-            the client's data. The default is "partition 0007" for partition-id 7, else the node
-            id, which is new in every run.
-        queries: functions that answer further questions by name. A message of type
-            "query.vocabulary" calls the function under "vocabulary". Its record is the record
-            "client" of the reply.
-        select: says which arrays travel (see `flower_adapter.arrays.selection`). Other arrays that
-            the client trains, and buffers, stay in the client's context from round to round.
-            Frozen arrays that are not selected are as `build_model` made them.
-        mods: mods of Flower and of this package, the outermost first, for example
+        label: returns the name of the client. The name should be the same in every run, for
+            example a digest of the client's data. The default is "partition 0007" for
+            partition-id 7. Without a partition-id the default is the node id, which is new in every
+            run.
+        queries: functions by name that answer other questions. A message of type
+            "query.vocabulary" calls the function with the name "vocabulary". The reply carries the
+            function's result as its record "client".
+        select: chooses the arrays that travel (see `flower_adapter.arrays.selection`). The client's
+            context keeps the other trained arrays and the other buffers from round to round.
+            Frozen arrays that are not selected keep the values from `build_model`.
+        mods: mods from Flower and from this package, the outermost first, for example
             `[DiskState("state"), compression_mod]`.
 
-    A ValueError (such as ArrayMismatch), ArithmeticError or OSError from one of the functions is
-    logged on the client with its traceback. The server gets its class and its text.
+    If one of the functions raises ValueError (such as ArrayMismatch), ArithmeticError or OSError,
+    the client logs the exception with its traceback. The server gets the exception's class and
+    text.
     """
     app = ClientApp(mods=list(mods))
 
@@ -127,7 +130,7 @@ def _refusing(handler: Handler) -> Handler:
 
 
 def _personal(model: nn.Module, select: Selection) -> set[str]:
-    """Return the names of arrays that the client trains or counts, but does not share."""
+    """Return the names of the trained arrays and buffers that the client does not share."""
     return {
         entry.name
         for entry in entries(model)

@@ -1,4 +1,4 @@
-"""The mod that decodes a client's messages and compresses its replies."""
+"""This mod decodes the messages to a client and compresses the client's replies."""
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 
@@ -16,11 +16,11 @@ _RESIDUAL = f"{protocol.COMPRESSION}.residual"  # error feedback
 def compression_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Decode the message and compress the reply: `ClientApp(mods=[compression_mod])`.
 
-    The server's message names the codecs, so the mod has no settings. It changes nothing in a
-    message of a server without compression. Put `DiskState` before it, and mods that read arrays,
-    such as Flower's mods for clipping and local privacy, after it.
+    The server's message names the codecs, so the mod has no settings. If the server does not use
+    compression, the mod changes nothing. Put `DiskState` before this mod. Put mods that read
+    arrays after it, such as Flower's mods for clipping and local privacy.
 
-    The client keeps two states in its context: the model that the next delta starts from, and the
+    The client keeps two states in its context: the model from which the next delta starts, and the
     error feedback. If a message cannot be decoded, or a reply cannot be encoded, the server gets an
     error reply.
     """
@@ -50,7 +50,7 @@ def compression_mod(message: Message, context: Context, call_next: ClientAppCall
 def _decode(
     content: RecordDict, context: Context, header: protocol.CompressionHeader
 ) -> tuple[str | None, ArrayRecord]:
-    """Return the key of the message's arrays, and the whole arrays."""
+    """Return the key of the ArrayRecord in the message, and the decoded arrays."""
     records = list(content.array_records.items())
     if not records:
         return None, ArrayRecord()
@@ -80,7 +80,7 @@ def _encode(
     context: Context,
     header: protocol.CompressionHeader,
 ) -> None:
-    """Compress the reply's arrays in place, and keep the loss for the next reply."""
+    """Compress the reply's arrays in place, and save the loss for the next reply."""
     for key, arrays in list(content.array_records.items()):
         saved = restore_state(context, name=_RESIDUAL)
         residual = saved["residual"] if saved and saved["codec"] == header.uplink else None

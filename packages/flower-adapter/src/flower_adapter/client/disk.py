@@ -1,4 +1,4 @@
-"""The mod that keeps a client's context in a directory, so that it outlives a restart."""
+"""This mod saves a client's context in a directory, so that a restart does not lose it."""
 
 import hashlib
 import logging
@@ -16,7 +16,7 @@ from flower_adapter.client.replies import refuse
 from flower_adapter.client.state import StateFormatError
 from flower_adapter.packing import pack, read_file, sync, unpack, write_file
 
-_MARK = "flower-adapter.disk-state"  # names the file that the context is equal to
+_MARK = "flower-adapter.disk-state"  # names the file that holds the same state as the context
 _NAME = re.compile(r"round-(\d{6,})(?:-([0-9a-f]+))?\.safetensors")
 _LONGEST_NAME = 120  # characters; file systems allow 255 bytes
 
@@ -26,25 +26,28 @@ _logger = logging.getLogger("flwr")
 class DiskState:
     """A Flower mod that keeps `context.state` on disk: `ClientApp(mods=[DiskState("state")])`.
 
-    After each train message it writes the whole `context.state` (optimizer, error feedback and all
-    else) to `<directory>/<label>/<run>/round-<n>.safetensors`, atomically. Before each message of
-    round n it restores the context that this client had after its last training before round n. So
-    a run that resumes at an earlier round finds each client as it was then. State from an abandoned
-    attempt is deleted. If a message raises, its changes to the context are undone.
+    After each train message the mod writes the whole `context.state` atomically to
+    `<directory>/<label>/<run>/round-<n>.safetensors`. The state includes, for example, the
+    optimizer and the error feedback. Before a train message of round n the mod restores the state
+    from the client's last training before round n. Before an evaluate message of round n it
+    restores the state from the last training up to round n. When a run resumes at an earlier
+    round, each client therefore has its state from that round. State from an abandoned attempt is
+    deleted. If a train message fails, its changes to the context are undone.
 
-    The run is the one that `Checkpoints` names in the server's messages, so a resumed run finds the
-    state of the first. Without checkpoints the run is Flower's. Put this mod before others that
-    keep state, such as `compression_mod`. The user has to delete the directories of old runs.
+    `<run>` is the run id that `Checkpoints` puts into the server's messages. This id stays the same
+    after a resume, so a resumed run finds the saved state. Without checkpoints, `<run>` is Flower's
+    run id. Put this mod before other mods that keep state, such as `compression_mod`. The user has
+    to delete the directories of old runs.
 
     If a file is damaged, or cannot be read or written, the server gets an error reply that names
-    it.
+    the file.
 
     Args:
-        directory: an absolute path, or a function that returns one for a context. If it returns
-            None, nothing is kept.
+        directory: an absolute path, or a function that returns an absolute path for a context. If
+            the function returns None, nothing is kept.
         keep: how many rounds to keep, at least 1.
-        label: names the client, the same in every run. The default is "partition 0007" for
-            partition-id 7, else the node id.
+        label: returns the name of the client, which should be the same in every run. The default
+            is "partition 0007" for partition-id 7. Without a partition-id it is the node id.
     """
 
     def __init__(
@@ -107,14 +110,14 @@ class DiskState:
 
 
 class _RunFiles(NamedTuple):
-    """The files of one client and run.
+    """The files of one client in one run.
 
-    Each resume starts a new attempt. An attempt goes on from the rounds that the attempts before
-    it wrote up to the round at which it resumed.
+    Each resume starts a new attempt. The new attempt continues after a certain round. It uses the
+    files that earlier attempts wrote up to this round, and no later files.
     """
 
     directory: Path
-    attempts: list[tuple[int, str]]  # for each resume, the round before it and the attempt's id
+    attempts: list[tuple[int, str]]  # for each resume: the round before the resume, attempt id
 
     def path(self, server_round: int) -> Path:
         """Return the file of a round in this attempt."""
@@ -122,7 +125,7 @@ class _RunFiles(NamedTuple):
         return self.directory / f"round-{server_round:06d}{suffix}.safetensors"
 
     def rounds(self) -> list[tuple[int, Path]]:
-        """Return the rounds that this attempt goes on from, oldest first, and their files."""
+        """Return the rounds that this attempt can use and their files, oldest round first."""
         newest: dict[int, tuple[int, Path]] = {}
         for at, attempt, path in self.all():
             if self._is_ours(at, attempt):
@@ -130,7 +133,7 @@ class _RunFiles(NamedTuple):
         return [(at, path) for at, (_, path) in sorted(newest.items())]
 
     def abandoned(self) -> list[Path]:
-        """Return the files of rounds that this attempt does not go on from."""
+        """Return the files that this attempt cannot use."""
         return [path for at, attempt, path in self.all() if not self._is_ours(at, attempt)]
 
     def _number(self, attempt: str) -> int:
@@ -141,7 +144,7 @@ class _RunFiles(NamedTuple):
         return is_known and all(at <= end for end, _ in self.attempts[self._number(attempt) :])
 
     def all(self) -> list[tuple[int, str, Path]]:
-        """Return round, attempt and path of every file."""
+        """Return the round, the attempt id and the path of every file."""
         if not self.directory.is_dir():
             return []
         matches = ((_NAME.fullmatch(path.name), path) for path in self.directory.iterdir())
@@ -149,7 +152,7 @@ class _RunFiles(NamedTuple):
 
 
 def _restore(files: _RunFiles, context: Context, run: str, latest: int) -> None:
-    """Make `context.state` what it was after the last training up to round `latest`."""
+    """Restore `context.state` from the last training up to round `latest`."""
     rounds = files.rounds()
     before = [path for at, path in rounds if at <= latest]
     if not before:
@@ -177,7 +180,7 @@ def _restore(files: _RunFiles, context: Context, run: str, latest: int) -> None:
 
 
 def _undoing_failures(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Return the reply. After a failure clear the context: the next message restores it."""
+    """Return the reply. Clear the context after a failure, so that the next message restores it."""
     context.state.pop(_MARK, None)
     failed = True
     try:
@@ -195,7 +198,7 @@ def _attempts(value: object) -> list[tuple[int, str]]:
 
 
 def _file_name(text: str) -> str:
-    """Return a name for one directory. Different texts get different names."""
+    """Turn a text into a directory name. Different texts get different names."""
     name = quote(text, safe=" ")
     if name.strip(".") == "":
         name = name.replace(".", "%2E") or "%"

@@ -1,4 +1,4 @@
-"""Error replies of a client."""
+"""Log errors on a client and answer them with error replies."""
 
 import logging
 

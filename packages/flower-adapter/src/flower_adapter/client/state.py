@@ -1,8 +1,9 @@
-"""Keep torch state in a Flower `Context` between rounds, bit for bit.
+"""Keep torch state in a Flower `Context` between rounds without changing a bit.
 
 `context.state` gets two records for a state called `name`. The ArrayRecord `name.arrays` holds the
 arrays. The ConfigRecord `name.structure` holds the rest (dicts, lists, tuples, numbers, strings) as
-JSON. Nothing is pickled. A context lives as long as its run. `DiskState` keeps it in a directory.
+JSON. The module does not use pickle. A context lives as long as its run. `DiskState`
+saves the context in a directory.
 """
 
 import copy
@@ -29,21 +30,21 @@ _logger = logging.getLogger("flwr")
 
 
 class StateFormatError(ValueError):
-    """The records under a name, or a file, do not hold a state in this format."""
+    """An error: the records under a name, or a file, hold no valid state in this format."""
 
 
 def save_state(
     context: Context, *, name: str = "state", valid_for: nn.Module | None = None, **states: Any
 ) -> int:
-    """Save `states` in `context.state` under `name`, in place of an earlier state.
+    """Save `states` in `context.state` under `name`. Replace an earlier state with this name.
 
     A state may be an object with a `state_dict()` (an optimizer, a scheduler, a module, a data
     loader), a random generator of torch, numpy or Python, or nested dicts, lists, tuples, tensors,
-    numpy arrays, numbers and strings. Only names, shapes and dtypes of the model `valid_for` are
-    saved. When they have changed, `restore_state` drops the state.
+    numpy arrays, numbers and strings. From the model `valid_for` only the names, shapes and dtypes
+    are saved. If one of them has changed later, `restore_state` drops the state.
 
     Returns:
-        the bytes that the state takes in the context. They are also logged, at debug level.
+        the number of bytes that the state takes in the context. It is also logged at debug level.
 
     Raises:
         TypeError: a state cannot be saved. The text gives its path. The earlier state stays.
@@ -64,16 +65,18 @@ def save_state(
 def restore_state(
     context: Context, *, name: str = "state", valid_for: nn.Module | None = None, **targets: Any
 ) -> dict[str, Any] | None:
-    """Return the states that were saved under `name`, or None if there are none.
+    """Return the states that were saved under `name`, or None if nothing was saved.
 
     Each target is an object with `load_state_dict`, or a random generator. It loads the state that
-    was saved under its keyword. Tensors in the result are new, on the CPU, with the same dtype and
-    bits.
+    was saved under the same keyword. Tensors in the result are new tensors on the CPU with the same
+    dtype and bits.
 
-    The whole state is dropped, with a warning, if it no longer fits. It does not fit if the model
-    has other names, shapes, dtypes or another order of parameters, if a target has another class,
-    if an optimizer has other parameters, or if a target was not saved or refuses its state. The
-    targets are then unchanged.
+    If the saved state no longer fits, the whole state is dropped with a warning, and the targets
+    stay unchanged. The state does not fit if
+    - the names, shapes, dtypes or order of the model's parameters have changed,
+    - the class of a target has changed,
+    - an optimizer has other parameters than before, or
+    - a target was not saved, or rejects its state.
 
     Raises:
         StateFormatError: the records are incomplete, altered or have another format version.
@@ -113,7 +116,7 @@ def drop_state(context: Context, *, name: str = "state") -> None:
 
 
 def state_of(value: Any) -> Any:
-    """Return the state of a generator or of an object with `state_dict`, else the value itself."""
+    """Return the state of a generator or an object with `state_dict`, else return `value`."""
     if isinstance(value, torch.Generator):
         return value.get_state()
     if isinstance(value, np.random.Generator):
@@ -136,7 +139,7 @@ def load_state(target: Any, state: Any) -> None:
 
 
 def _load_all(states: Mapping[str, Any], targets: Mapping[str, Any]) -> list[str]:
-    """Load every target. If one target rejects its state, restore all targets and return why."""
+    """Load all targets. If one rejects its state, restore all targets and return the reason."""
     before = {key: copy.deepcopy(state_of(target)) for key, target in targets.items()}
     for key, target in targets.items():
         try:
@@ -149,7 +152,7 @@ def _load_all(states: Mapping[str, Any], targets: Mapping[str, Any]) -> list[str
 
 
 def _kind(value: Any, model: nn.Module | None) -> str:
-    """Return the class of a state. For an optimizer add its parameters, which its state lacks."""
+    """Return the class name of a state. For an optimizer add the names of its parameters."""
     kind = type(value).__name__
     if model is None or not isinstance(value, torch.optim.Optimizer):
         return kind
@@ -169,7 +172,7 @@ def _target_changes(
 
 
 def _model_changes(saved: list[list[str]] | None, model: nn.Module | None) -> list[str]:
-    """Return a sentence for each difference between the model now and when it was saved."""
+    """Return a sentence for each difference between the saved model and the present model."""
     if model is None or saved is None:
         return []
     was, now = dict(saved), signature(model)

@@ -1,11 +1,11 @@
-"""Checkpoints of a run on the server: one directory for each round, complete or absent.
+"""Write and read checkpoints of a run. Each round has one directory, complete or absent.
 
     <directory>/round-000004/arrays.safetensors   the global arrays, for anyone to read
                              state.safetensors    states, random states and records so far
                              round.json           the run and the record of the round
 
-Files are written in a directory beside their place, synced, and moved into place with one rename.
-Nothing is pickled.
+The files are first written and synced in a temporary directory. One rename then moves this
+directory to its final place. The module does not use pickle.
 """
 
 import json
@@ -36,20 +36,20 @@ logger = logging.getLogger("flwr")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read or does not fit. The text names the file and the fault."""
+    """An error: a checkpoint cannot be read or does not fit. The text gives file and fault."""
 
 
 @dataclass
 class Checkpoint:
-    """Everything that a run needs to go on after a round as if it had never stopped."""
+    """The state after a round. A run continues from it as if the run had never stopped."""
 
-    run: str  # id of the first attempt, the same after each resume
-    attempts: list[str]  # "4:1f0c…" for each resume: the round before it, and an id
+    run: str  # id of the first attempt; a resume does not change it
+    attempts: list[str]  # "4:1f0c…" for each resume: the round before the resume, and an id
     server_round: int
     arrays: ArrayRecord
     model: dict[str, str]  # dtype and shape of each initial array
-    states: dict[str, Any] = field(default_factory=dict)  # of strategy, compression and so on
-    failed_rounds: dict[str, int] = field(default_factory=dict)  # in a row, by phase
+    states: dict[str, Any] = field(default_factory=dict)  # of strategy, compression, optimizer
+    failed_rounds: dict[str, int] = field(default_factory=dict)  # failed rounds in a row, by phase
     random_states: dict[str, Any] = field(default_factory=dict)
     records: list[RoundRecord] = field(default_factory=list)  # of rounds 0 to `server_round`
 
@@ -57,19 +57,19 @@ class Checkpoint:
 class Checkpoints:
     """Write a checkpoint to `directory` after every round, and find the one to resume.
 
-    The last `keep` checkpoints stay, and the best one. Only one process at a time can write into a
-    directory.
+    The last `keep` checkpoints and the best checkpoint stay. Only one process at a time can write
+    into a directory.
 
     Args:
-        directory: is made if it does not exist. It holds nothing but checkpoints.
+        directory: holds the checkpoints and nothing else. It is made if it does not exist.
         keep: how many of the last checkpoints stay, at least 1.
-        best: a metric of the server's evaluation, else of the clients'. The checkpoint with its
-            lowest value stays as well.
-        highest_is_best: keep the one with the highest value instead.
-        resume: True to go on after the newest checkpoint in `directory`, or a path to go on after
-            that checkpoint, or after the newest one in that directory. If there is no checkpoint
-            yet, the run starts at round 1. False starts a new run, and a directory that holds
-            checkpoints is refused.
+        best: the name of a metric from the server's evaluation. If the server has no such metric,
+            the clients' evaluation is used. The checkpoint with the lowest value also stays.
+        highest_is_best: True if the checkpoint with the highest value should stay instead.
+        resume: True continues after the newest checkpoint in `directory`. A path to a checkpoint
+            continues after this checkpoint. A path to another directory continues after the newest
+            checkpoint in that directory. If there is no checkpoint yet, the run starts at round 1.
+            False starts a new run, and a `directory` that already holds checkpoints is an error.
     """
 
     def __init__(
@@ -96,13 +96,13 @@ class Checkpoints:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the directory, and refuse any other run in it until the end.
+        """Make the directory, and keep all other runs out of it until the end.
 
         Raises:
             CheckpointError: another run uses the directory.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        # The lock file stands beside the directory. The lock of a killed process ends with it.
+        # The lock file stands beside the directory. If the process is killed, its lock ends.
         lock = FileLock(self.directory.with_name(f".{self.directory.name}.lock"), blocking=False)
         try:
             lock.acquire()
@@ -114,7 +114,7 @@ class Checkpoints:
             lock.release()
 
     def find(self, initial_arrays: ArrayRecord) -> Checkpoint | None:
-        """Return the checkpoint to go on from, or None to start at round 1.
+        """Return the checkpoint from which the run continues, or None to start at round 1.
 
         Raises:
             CheckpointError: the directory holds checkpoints that the run would overwrite, or the
@@ -142,12 +142,12 @@ class Checkpoints:
             )
         checkpoint = read_checkpoint(path)
         _require_same_model(checkpoint, initial_arrays)
-        # Each attempt has an id: one that is cut off early leaves no checkpoint.
+        # Each attempt has its own id, because an attempt that ends early leaves no checkpoint.
         checkpoint.attempts.append(f"{checkpoint.server_round}:{uuid4().hex}")
         return checkpoint
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, and remove those that are no longer to be kept."""
+        """Write a checkpoint, and remove old checkpoints that should not be kept."""
         write_checkpoint(self.directory, checkpoint)
         best = self._best(checkpoint.records)
         for path in list_checkpoints(self.directory)[: -self.keep]:
@@ -155,7 +155,7 @@ class Checkpoints:
                 _remove_checkpoint(path)
 
     def _best(self, records: list[RoundRecord]) -> int | None:
-        """Return the round with the best metric. The first of equals is the best."""
+        """Return the round with the best metric. If values are equal, return the first round."""
         if self.best is None:
             return None
         values = {record.server_round: record.metric(self.best) for record in records}
@@ -178,7 +178,7 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
 
 
 def round_of(path: Path) -> int:
-    """Return the round of a checkpoint, from its name."""
+    """Return the round number in the name of a checkpoint."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise CheckpointError(f"{path} is no checkpoint: its name should be like round-000004")
@@ -186,11 +186,11 @@ def round_of(path: Path) -> int:
 
 
 def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint atomically. It replaces one of the same round.
+    """Write a checkpoint atomically. It replaces an earlier checkpoint of the same round.
 
     Raises:
         TypeError: a state cannot be saved. The text gives its path.
-        OSError: the checkpoint cannot be written. The earlier ones stay.
+        OSError: the checkpoint cannot be written. The earlier checkpoints stay.
     """
     names = list(checkpoint.arrays)
     state = {name: value for name, value in vars(checkpoint).items() if name != "arrays"}
@@ -215,7 +215,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint, given its own path or a directory that holds checkpoints.
+    """Read the checkpoint at `path`, or the newest checkpoint in the directory `path`.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -243,7 +243,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return `path` if it is a checkpoint, else the newest checkpoint in it.
+    """Return `path` if it is a checkpoint, else the newest checkpoint in the directory `path`.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -302,7 +302,7 @@ def _require_same_model(checkpoint: Checkpoint, initial_arrays: ArrayRecord) -> 
 
 
 def _remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint. It is renamed first, so that no part of it can pass for a whole."""
+    """Remove a checkpoint. It is first renamed, so that a half-removed one is not used."""
     hidden = path.with_name(f".{path.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
@@ -310,7 +310,7 @@ def _remove_checkpoint(path: Path) -> None:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Remove the parts that a killed process left while it wrote or removed checkpoints."""
+    """Remove incomplete checkpoints that a killed process left in the directory."""
     for path in directory.glob(".round-*"):
         if path.suffix in (".partial", ".removed"):
             shutil.rmtree(path, ignore_errors=True)
@@ -323,7 +323,7 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _printable(value: Any) -> Any:
-    """Return a value as JSON can hold it: NaN and Inf become text."""
+    """Return a value that JSON can hold. NaN and Inf become text."""
     if isinstance(value, dict):
         return {name: _printable(item) for name, item in value.items()}
     if isinstance(value, list):

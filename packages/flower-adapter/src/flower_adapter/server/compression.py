@@ -18,16 +18,19 @@ logger = logging.getLogger("flwr")
 class Compression:
     """Codecs for the arrays between server and clients. Clients need `compression_mod`.
 
-    A reply is a delta to the model that the client received. The client adds what it lost in
-    encoding to its next reply (error feedback). A message is a delta to the model that clients
-    hold, of which the server keeps a copy. The next delta starts from that copy, so it includes
-    what the last one lost. A client that does not hold the copy gets it whole: a new client, one
-    that was left out of the last round, or one that restarted. A client that holds it already gets
-    no arrays.
+    Uplink: a reply is a delta to the model that the client received. The client adds the loss from
+    encoding this delta to its next reply (error feedback).
+
+    Downlink: the decoded model on the clients differs a little from the server's model, because
+    encoding loses something. The server keeps a copy of the decoded model. The next message is a
+    delta from this copy to the server's new model, so it also corrects the last loss. A client that
+    does not hold the decoded model gets the whole copy. Such a client is new, was left out of the
+    last round, or has restarted. A client that already holds the newest decoded model gets no
+    arrays.
 
     Args:
-        uplink: codec of the replies, one of `flower_adapter.arrays.codecs`. "fp32" is exact.
-        downlink: codec of the messages.
+        uplink: codec for the replies, a name from `flower_adapter.arrays.codecs`. "fp32" is exact.
+        downlink: codec for the messages, a name from the same list.
 
     Raises:
         CodecError: a codec is unknown.
@@ -42,29 +45,30 @@ class Compression:
 
     @property
     def is_exact(self) -> bool:
-        """Whether arrays travel unchanged both ways."""
+        """True if arrays travel unchanged in both directions."""
         return self.uplink == self.downlink == EXACT
 
     def reset(self) -> None:
-        """Forget the models and the clients of an earlier run."""
+        """Forget the models and the clients from an earlier run."""
         self._exact = ArrayRecord()  # the server's model
-        self._copy = ArrayRecord()  # the model that clients hold
+        self._copy = ArrayRecord()  # the decoded model on the clients
         self._version = ""  # version of the copy
         self._delta: tuple[str, ArrayRecord] = (
             "",
             ArrayRecord(),
-        )  # its base version, its arrays
-        self._holders: dict[int, str] = {}  # node id and the version that this client holds
+        )  # the version that the delta starts from, and the arrays of the delta
+        self._holders: dict[int, str] = {}  # by node id: the version that the client holds
         self._without_mod: set[int] = set()
 
     def encode(self, arrays: ArrayRecord, node: int) -> tuple[ArrayRecord, ConfigRecord]:
         """Return the arrays to send to a node, and the header that describes them.
 
         Raises:
-            CodecError: the model has moved by NaN or Inf.
+            CodecError: the model has changed by NaN or Inf.
         """
         self._follow(arrays)
-        # Only an answer shows that a client holds the model. Until then it may have lost it.
+        # Only a reply shows that a client holds the model. Until it replies, the client may have
+        # lost the model.
         version = self._holders.pop(node, None)
         base, delta = self._delta
         if not self._version:
@@ -79,7 +83,7 @@ class Compression:
         return payload, header.to_record()
 
     def note_answer(self, node: int, header: object) -> None:
-        """Remember which version of the model a node holds, from the header of its reply."""
+        """Read the header of a reply, and remember which model version the node holds."""
         if isinstance(header, ConfigRecord) and header.get("format") == COMPRESSION_VERSION:
             self._holders[node] = str(header.get("version", ""))
         elif not self.is_exact and node not in self._without_mod:
@@ -87,7 +91,7 @@ class Compression:
             logger.warning("node %d sends whole arrays: its ClientApp has no compression_mod", node)
 
     def decode(self, arrays: ArrayRecord) -> ArrayRecord:
-        """Return the arrays of a reply, decoded. Arrays that are not compressed stay as they are.
+        """Decode the arrays of a reply. Arrays that are not compressed stay as they are.
 
         Raises:
             CodecError: the arrays cannot be decoded.
@@ -99,13 +103,13 @@ class Compression:
         return {"exact": self._exact, "copy": self._copy}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state of `state_dict`. No client is known to hold the copy then."""
+        """Load a state that `state_dict` returned. Each client then gets the whole model once."""
         self.reset()
         self._exact, self._copy = state["exact"], state["copy"]
         self._version = "" if self.downlink == EXACT else uuid4().hex
 
     def _follow(self, arrays: ArrayRecord) -> None:
-        """Move the copy that clients hold to `arrays`, unless it is there already."""
+        """Update the delta and the copy if `arrays` differ from the server's last model."""
         if same_arrays(arrays, self._exact):
             return
         self._exact = arrays

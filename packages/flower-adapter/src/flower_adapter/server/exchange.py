@@ -1,4 +1,4 @@
-"""Send the messages of a phase, and bring back its good replies."""
+"""Send the messages of a phase, and return the good replies."""
 
 import logging
 import time
@@ -26,7 +26,7 @@ logger = logging.getLogger("flwr")
 
 @dataclass
 class GoodReply:
-    """A reply that counts, and the client's part of the round's record."""
+    """A reply that counts, and the record of its client in this round."""
 
     kept: KeptReply
     client: ClientRecord
@@ -57,7 +57,8 @@ class Exchange:
             phase: "train" or "evaluate".
             messages: the strategy's messages, one for each client.
             arrays: the global arrays, which the messages carry.
-            record: gets the clients, their bytes and the reasons of those left out.
+            record: the round's record. This method adds the bytes, and the clients that were left
+                out with their reasons.
             store: keeps the arrays of the replies.
         """
         messages = self._compressed(messages)
@@ -66,7 +67,7 @@ class Exchange:
         started = time.monotonic()
         replies: list[GoodReply] = []
         labels: dict[int, str | None] = {}
-        faults = dict.fromkeys(sent, NO_REPLY)  # of each node without a good reply
+        faults = dict.fromkeys(sent, NO_REPLY)  # by node, for nodes without a good reply
         for reply in receive(self.grid, messages, self.timeout):
             seconds = time.monotonic() - started
             node = reply.metadata.src_node_id
@@ -120,14 +121,14 @@ class Exchange:
                     "the strategy sends different models; compression needs one model for all"
                 )
             payload, header = self.compression.encode(arrays, message.metadata.dst_node_id)
-            # A new content, because strategies give the same one to all messages.
+            # The content is new, because strategies give the same content to all messages.
             message.content = RecordDict(
                 {**message.content, key: payload, protocol.COMPRESSION: header}
             )
         return messages
 
     def _check(self, reply: Message, sent: ArrayRecord | None) -> float:
-        """Return the norm of a reply's update. Raise ValueError if the reply cannot be used."""
+        """Return the norm of the update in a reply. Raise ValueError if the reply is unusable."""
         if reply.has_error():
             raise ValueError(reply.error.reason or f"error code {reply.error.code}")
         header = reply.content.pop(protocol.COMPRESSION, None)
@@ -137,7 +138,7 @@ class Exchange:
         return 0.0 if self.guard is None else self.guard.check(content, self.weight_key, sent)
 
     def _decode(self, content: RecordDict) -> RecordDict:
-        """Return a reply's content with its arrays decoded."""
+        """Return the content of a reply with decoded arrays."""
         if self.compression is None:
             return content
         return RecordDict(
@@ -148,7 +149,7 @@ class Exchange:
         )
 
     def _judge(self, phase: str, replies: list[GoodReply], record: RoundRecord) -> list[GoodReply]:
-        """Return the replies that are no outliers, in the order of their labels."""
+        """Leave out the outliers, and return the other replies in the order of their labels."""
         ordered = sorted(replies, key=lambda reply: self.nodes.order(reply.client.node))
         if self.guard is None:
             return ordered

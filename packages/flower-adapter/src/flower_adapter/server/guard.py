@@ -1,4 +1,4 @@
-"""Decide which replies count: each reply by itself, then all replies of a round together."""
+"""Decide which replies count. Check each reply alone, then compare all replies of a round."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 from flower_adapter.arrays import npy
 
-FEWEST_OTHERS = 2  # norms that one norm is compared with
+FEWEST_OTHERS = 2  # a norm is compared with at least this many others
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Guard:
     A train reply is left out if
     - it carries an error or cannot be decoded,
     - it does not hold exactly one ArrayRecord and one MetricRecord,
-    - its arrays differ from those sent in name, shape or dtype, or hold NaN or Inf,
+    - its arrays have other names, shapes or dtypes than the arrays that were sent,
+    - its arrays hold NaN or Inf,
     - its weight (the strategy's `weighted_by_key`, else "num-examples") is not a positive number,
     - another metric is not finite,
     - its update is longer than `max_norm_ratio` times the median of the other updates.
@@ -31,10 +32,10 @@ class Guard:
     for errors and metrics apply.
 
     Args:
-        min_replies: good replies that a round needs, at least 1. With fewer the round has failed,
-            and the global arrays stay as they were.
-        max_failed_rounds: failed rounds in a row that end the run, at least 1.
-        max_norm_ratio: see above, above 1. None allows any length.
+        min_replies: how many good replies a round needs, at least 1. A round with fewer good
+            replies has failed, and the global arrays stay as they were.
+        max_failed_rounds: how many failed rounds in a row end the run, at least 1.
+        max_norm_ratio: the ratio in the last rule, above 1. None allows updates of any length.
     """
 
     min_replies: int = 1
@@ -50,12 +51,13 @@ class Guard:
             raise ValueError(f"max_norm_ratio is {self.max_norm_ratio}, should be above 1, or None")
 
     def check(self, reply: RecordDict, weight_key: str, sent: ArrayRecord | None) -> float:
-        """Check one reply by itself, and return the L2 norm of its update.
+        """Check one reply alone, and return the L2 norm of its update.
 
         Args:
             reply: the decoded content of the reply.
             weight_key: the metric that weights the reply.
-            sent: the arrays that the client received. None for an evaluate reply, whose norm is 0.
+            sent: the arrays that the client received. It is None for an evaluate reply, and the
+                method then returns 0.
 
         Raises:
             ValueError: the reply cannot be used. The text says why.
@@ -77,7 +79,7 @@ class Guard:
         return norm
 
     def outliers(self, norms: Sequence[float]) -> dict[int, str]:
-        """Judge the replies of a round together, and return index and reason of each outlier.
+        """Compare the norms of a round's updates, and return each outlier's index and reason.
 
         Each norm is compared with the median of the other positive norms. The order of the norms
         does not matter.
@@ -98,14 +100,14 @@ class Guard:
         return reasons
 
     def shortage(self, good: int, asked: int) -> str | None:
-        """Return why a round with `good` of `asked` replies has failed, or None if it has not."""
+        """Return the reason if `good` of `asked` replies are too few, else None."""
         if asked and good < self.min_replies:
             return f"{good} good of {asked} replies, needs {self.min_replies}"
         return None
 
 
 def not_finite(arrays: ArrayRecord) -> str:
-    """Name the float arrays that hold NaN or Inf. The text is empty if there are none."""
+    """Return a text with the arrays that hold NaN or Inf. Without such arrays it is empty."""
     faults = []
     for name, array in arrays.items():
         values = npy.from_array(array)
@@ -117,7 +119,7 @@ def not_finite(arrays: ArrayRecord) -> str:
 
 
 def update_norm(arrays: ArrayRecord, sent: ArrayRecord) -> float:
-    """Return the L2 norm of `arrays` - `sent` over the floats. NaN or Inf in them shows in it."""
+    """Return the L2 norm of `arrays` - `sent` over all floats. It shows NaN and Inf."""
     total = 0.0
     for name, array in arrays.items():
         values = npy.from_array(array)
@@ -125,7 +127,7 @@ def update_norm(arrays: ArrayRecord, sent: ArrayRecord) -> float:
             continue
         change = npy.tensor_view(values) - npy.array_view(sent[name])
         norm = float(torch.linalg.vector_norm(change))
-        if math.isinf(norm):  # a square can overflow where the value does not
+        if math.isinf(norm):  # the square of a finite value can overflow
             wide = torch.complex128 if change.is_complex() else torch.float64
             norm = float(torch.linalg.vector_norm(change.to(wide)))
         total += norm * norm

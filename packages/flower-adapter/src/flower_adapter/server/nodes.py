@@ -1,4 +1,4 @@
-"""Choose the nodes of a round, under a seed, in the order of their labels."""
+"""Choose the nodes of a round. A seed and the labels of the nodes decide the choice."""
 
 import logging
 import random
@@ -20,12 +20,13 @@ Configure = Callable[[Grid], Iterable[Message]]
 
 
 class Nodes:
-    """The labels of a run's nodes, and a choice among the nodes that a seed decides.
+    """The labels of all nodes in a run, and the choice of nodes for each phase.
 
-    Flower gives nodes new random ids in every run, and samples them with Python's global, unseeded
-    generator. The clients of `torch_client_app` have a label that is the same in every run. Nodes
-    are therefore sorted by label before the strategy samples, and replies before it averages.
-    Nodes without a label come last, by id.
+    Flower gives nodes new random ids in every run, and samples nodes with Python's global random
+    generator without a seed. The clients of `torch_client_app` can have a label that is the same in
+    every run. With a seed, nodes are therefore sorted by label before the strategy samples. Replies
+    are always sorted by label before the strategy averages. Nodes without a label come last, in the
+    order of their ids.
     """
 
     def __init__(self, grid: Grid, seed: int | None) -> None:
@@ -34,7 +35,7 @@ class Nodes:
         self._labels: dict[int, str | None] = {}
 
     def label(self, node: int) -> str | None:
-        """Return the label of a node, or None if the node has not told one."""
+        """Return the label of a node, or None if the node has not sent a label."""
         return self._labels.get(node)
 
     def order(self, node: int) -> tuple[bool, str, int]:
@@ -43,7 +44,7 @@ class Nodes:
         return label is None, label or "", node
 
     def learn(self, labels: Mapping[int, str | None]) -> None:
-        """Take the labels in the replies of one phase, and warn if the order depends on ids."""
+        """Store the labels from the replies of a phase. Warn if the order depends on node ids."""
         self._labels.update({node: label for node, label in labels.items() if label is not None})
         if self._seed is not None and len(labels) > 1:
             _warn_of_missing_labels(labels)
@@ -51,9 +52,10 @@ class Nodes:
     def choose(self, configure: Configure, name: str) -> list[Message]:
         """Let the strategy choose nodes, and return its messages.
 
-        Python's global generator is seeded from the seed and `name` and then restored. If the
-        strategy leaves out nodes, it needs their labels first. Each node is asked once, and the
-        strategy chooses again.
+        With a seed, the seed and `name` set Python's global random generator during the choice. Its
+        state is restored afterwards. If the strategy does not choose all nodes, their labels must
+        be known. Each node with an unknown label is then asked once, and the strategy chooses
+        again.
         """
         if self._seed is None:
             return list(configure(self._grid))

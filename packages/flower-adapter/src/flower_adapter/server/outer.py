@@ -1,4 +1,4 @@
-"""The outer optimizer of DiLoCo."""
+"""This module defines the outer optimizer of DiLoCo."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from flower_adapter.arrays import npy
 
 
 class OuterOptimizer:
-    """Nesterov momentum on the update of each round: DiLoCo (arXiv 2311.08105).
+    """The outer optimizer of DiLoCo: Nesterov momentum on each round's update (arXiv 2311.08105).
 
     Let w be the global arrays, d = (the strategy's aggregate) - w, and v = 0 at first. A step is
     v <- momentum v + d, then w <- w + learning_rate (d + momentum v). This is torch's SGD with
@@ -41,7 +41,7 @@ class OuterOptimizer:
         self._velocity: dict[str, Tensor] = {}
 
     def step(self, arrays: ArrayRecord, aggregate: ArrayRecord) -> ArrayRecord:
-        """Return the next global arrays, from the present ones and the aggregate of the round."""
+        """Compute the next global arrays from the present arrays and the round's aggregate."""
         if self.learning_rate == 1 and self.momentum == 0:
             return aggregate
         return ArrayRecord(
@@ -53,7 +53,7 @@ class OuterOptimizer:
         return {"velocity": dict(self._velocity)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state of `state_dict`."""
+        """Load a state that `state_dict` returned."""
         self._velocity = dict(state["velocity"])
 
     def _moved(self, name: str, before: Array, aggregated: Array) -> Array:
@@ -64,7 +64,7 @@ class OuterOptimizer:
         velocity = self._velocity.get(name)
         velocity = update if velocity is None else update + self.momentum * velocity
         self._velocity[name] = velocity
-        # w + lr (d + momentum v), written from the aggregate w + d
+        # This is w + lr (d + momentum v), computed from the aggregate w + d.
         change = (self.learning_rate - 1) * update
         change += self.learning_rate * self.momentum * velocity
         return npy.to_array(torch.add(target, change).numpy())

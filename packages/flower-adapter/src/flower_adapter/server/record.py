@@ -1,4 +1,4 @@
-"""The record of a round: everything that a display needs to know about it."""
+"""This module defines the record of a round, which holds all that a display needs."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,9 +17,9 @@ class ClientRecord:
     label: str | None
     metrics: Metrics
     update_norm: float  # L2 norm of its update; 0 in an evaluation and without a guard
-    bytes_sent: int  # of the arrays to the client
-    bytes_received: int  # of the arrays from it
-    seconds: float  # from the server's sending to the arrival of the reply
+    bytes_sent: int  # size of the arrays to the client
+    bytes_received: int  # size of the arrays from the client
+    seconds: float  # from the start of sending to the arrival of the reply
 
 
 @dataclass
@@ -34,27 +34,27 @@ class LeftOut:
 
 @dataclass
 class RoundRecord:
-    """One round.
+    """The record of one round.
 
-    Round 0 is the evaluation of the initial arrays on the server. Metrics are None if the strategy
-    or the function that makes them gave none, and in a phase that failed.
+    Round 0 is the evaluation of the initial arrays on the server. Metrics are None if the phase
+    failed, or if the strategy or `evaluate_fn` returned no metrics.
     """
 
     server_round: int
     train_metrics: Metrics | None = None  # the clients', aggregated by the strategy
     evaluate_metrics: Metrics | None = None  # the clients', aggregated by the strategy
-    server_metrics: Metrics | None = None  # of the server's own evaluation
+    server_metrics: Metrics | None = None  # from the server's evaluation
     train_clients: list[ClientRecord] = field(default_factory=list)  # whose updates were averaged
     evaluate_clients: list[ClientRecord] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)  # a sentence for each phase that failed
-    bytes_sent: int = 0  # of all arrays to clients
-    bytes_received: int = 0  # of all arrays from clients, also of those left out
+    bytes_sent: int = 0  # size of all arrays to clients
+    bytes_received: int = 0  # size of all arrays from clients, with left-out replies
     seconds: dict[str, float] = field(default_factory=dict)  # by part of the round
     arrays: ArrayRecord | None = None  # the global arrays after the round, see `run_rounds`
 
     def metric(self, name: str) -> float | None:
-        """Return a metric of the server's evaluation, else of the clients' evaluation."""
+        """Return a metric from the server's evaluation, else from the clients' evaluation."""
         for metrics in (self.server_metrics, self.evaluate_metrics):
             value = (metrics or {}).get(name)
             if isinstance(value, int | float):
@@ -68,7 +68,7 @@ class RoundRecord:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """Return the record that `to_dict` turned into dicts."""
+        """Return the record from the dicts that `to_dict` returned."""
         clients = ("train_clients", "evaluate_clients")
         rebuilt = {name: [ClientRecord(**client) for client in fields[name]] for name in clients}
         left_out = [LeftOut(**client) for client in fields["left_out"]]
@@ -76,12 +76,12 @@ class RoundRecord:
 
 
 class RoundFailed(RuntimeError):
-    """Too many rounds in a row had fewer good replies than they need.
+    """An error: too many rounds in a row have failed.
 
     Attributes:
         phase: "train" or "evaluate".
         server_round: the round, from 1.
-        reason: how many good replies there were and how many the round needs.
+        reason: why the last round failed, for example too few good replies.
         left_out: each client without a good reply, with the reason.
     """
 

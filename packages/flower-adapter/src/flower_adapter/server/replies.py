@@ -1,4 +1,4 @@
-"""Receive replies one by one, and keep them as they came, in memory up to a budget."""
+"""Receive replies one by one, and keep them encoded in memory or in a temporary file."""
 
 import copy
 import os
@@ -16,13 +16,14 @@ SHORTEST_WAIT, LONGEST_WAIT = 0.05, 1.0  # seconds between two looks for replies
 def receive(grid: Grid, messages: Iterable[Message], timeout: float | None) -> Iterator[Message]:
     """Send the messages, and yield each reply when it arrives, until `timeout` seconds have passed.
 
-    Replies are pulled one at a time, so the caller decides how many are in memory.
+    Replies are pulled one at a time, so the caller decides how many replies are in memory.
     """
     pending = list(grid.push_messages(messages))
     deadline = float("inf") if timeout is None else time.monotonic() + timeout
     wait = SHORTEST_WAIT
     while pending:
-        # Read before the look for replies: what came in time is found, however slow the caller is.
+        # The time is read before the replies. A slow caller therefore still gets every reply that
+        # arrived in time.
         is_late = time.monotonic() >= deadline
         found = False
         for message_id in list(pending):
@@ -40,7 +41,7 @@ def receive(grid: Grid, messages: Iterable[Message], timeout: float | None) -> I
 
 
 class KeptReply:
-    """A reply whose arrays are kept elsewhere, encoded as they came."""
+    """A reply whose encoded arrays are in a `ReplyStore`."""
 
     def __init__(self, message: Message, arrays: "dict[str, _InMemory | _InFile]") -> None:
         self._message = message  # without its arrays
@@ -55,7 +56,7 @@ class KeptReply:
 
 
 class ReplyStore:
-    """Keeps the arrays of replies, in memory up to a budget. It is a context manager.
+    """A context manager that keeps the encoded arrays of replies.
 
     The first arrays stay in memory until they take `memory` bytes. Further arrays go to a temporary
     file, which is deleted at the end.
@@ -76,7 +77,7 @@ class ReplyStore:
         """Move the arrays of a reply into the store."""
         records = {k: r for k, r in reply.content.items() if isinstance(r, ArrayRecord)}
         arrays = {key: self._store(record) for key, record in records.items()}
-        # A new content: Flower's typed views of the old one can keep its arrays in memory.
+        # The content is new, because Flower's typed views can keep the old arrays in memory.
         rest = {key: record for key, record in reply.content.items() if key not in records}
         reply.content = RecordDict(rest)
         return KeptReply(reply, arrays)
@@ -123,5 +124,5 @@ class _InFile:
 
 
 def num_bytes(arrays: ArrayRecord) -> int:
-    """Return the bytes of the arrays as they travel."""
+    """Return the number of bytes that the arrays take when they travel."""
     return sum(len(array.data) for array in arrays.values())

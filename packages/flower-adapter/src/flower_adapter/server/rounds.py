@@ -1,4 +1,4 @@
-"""The loop over rounds. It reads from top to bottom as a round happens."""
+"""Run the rounds of a federation. The code follows the order of events in a round."""
 
 import logging
 import time
@@ -65,46 +65,50 @@ def run_rounds(
     """Run the rounds of a federation with any Flower strategy, and return Flower's `Result`.
 
     A round takes these steps. The strategy chooses clients. The messages are sent, and each reply
-    is checked when it arrives and kept encoded. When all replies are there, or the timeout has
-    passed, they are judged together. The strategy aggregates the good ones in the order of their
-    labels, and the outer optimizer takes its step. The clients evaluate the new arrays, then the
-    server does. The checkpoint is written, and `on_round` is called.
+    is checked when it arrives and kept encoded. When all replies have arrived, or the timeout has
+    passed, the replies are compared with each other. The strategy aggregates the good replies in
+    the order of their labels, and the outer optimizer takes its step. The clients evaluate the new
+    arrays, and then the server evaluates them. The checkpoint is written, and `on_round` is called.
 
-    With too few good replies the phase has failed: the strategy sees no reply, and the global
-    arrays stay as they were. So they do if the aggregate holds NaN or Inf.
+    With a guard, a phase fails if there are too few good replies. The strategy then sees no reply,
+    and the global arrays stay as they were. They also stay as they were if the new global arrays
+    would hold NaN or Inf.
 
     Args:
         grid: Flower's grid.
         strategy: any strategy of Flower or a subclass. Checkpoints need to know its state, see
             `flower_adapter.server.strategy_state`.
-        arrays: the initial global arrays. In a resumed run they only say how the model must look.
+        arrays: the initial global arrays. In a resumed run only their names, shapes and dtypes are
+            used, to check that the model is the same.
         num_rounds: number of rounds, including those before a resume.
-        timeout: seconds to wait for the replies of a phase. None waits as long as it takes.
-        seed: decides which clients are sampled, together with their labels. With one seed and the
-            same connected clients, every run samples the same ones. None leaves it to chance.
+        timeout: seconds to wait for the replies of a phase. None waits for all replies.
+        seed: decides, together with the clients' labels, which clients are sampled. Two runs with
+            the same seed and the same connected clients sample the same clients. With None the
+            choice is random.
         guard: decides which replies count. With a guard, integer and bool arrays reach the strategy
-            as float64, because some strategies of Flower cannot take them, and the aggregate gets
-            the dtypes of the global arrays. None hands every reply without an error to the strategy
-            as it is. Strategies for XGBoost need this.
-        compression: codecs for the arrays. None sends them as they are.
-        outer: the outer optimizer. None takes the strategy's aggregate as it is.
-        checkpoints: where and how to write checkpoints, and whether to resume. None writes none.
+            as float64, because some Flower strategies cannot average integers. The aggregate then
+            gets the dtypes of the global arrays. With None the strategy gets all replies without
+            an error, and their arrays are not checked. Strategies for XGBoost need None.
+        compression: codecs for the arrays. None sends arrays without compression.
+        outer: the outer optimizer. With None the strategy's aggregate becomes the global arrays.
+        checkpoints: where and how to write checkpoints, and whether to resume. With None no
+            checkpoint is written.
         train_config: values for the config of train messages.
         evaluate_config: values for the config of evaluate messages.
         evaluate_fn: evaluates the global arrays on the server, before the first round and after
             each round.
-        on_round: is called with the record of each round after its checkpoint is written, first for
-            round 0. A resumed run first calls it for each round before the resume. The records of
-            these rounds have no `arrays`, except the last one.
-        reply_memory: bytes for the replies of a phase. Further replies are kept in a temporary file
-            until they are aggregated.
+        on_round: a function that gets the record of each round after the checkpoint is written. The
+            first call is for round 0. A resumed run first calls it for each round before the
+            resume. Of these records, only the last one has `arrays`.
+        reply_memory: how many bytes of replies stay in memory during a phase. Further replies stay
+            in a temporary file until they are aggregated.
 
     Raises:
         CheckpointError: the checkpoints do not allow this run, see `Checkpoints`.
-        CodecError: the global arrays moved by NaN or Inf, or the strategy sends a model of its own
-            to each client, which compression cannot follow.
+        CodecError: the global arrays changed by NaN or Inf, or the strategy sends different models
+            to different clients. Compression needs one model for all clients.
         RoundFailed: `guard.max_failed_rounds` rounds in a row, or all rounds, have failed.
-        TypeError: `strategy` is no strategy, or checkpoints cannot save its state.
+        TypeError: `strategy` is not a Flower strategy, or checkpoints cannot save its state.
     """
     if not isinstance(strategy, Strategy):
         raise TypeError(f"strategy is {strategy!r}, should be a strategy of Flower")
@@ -116,7 +120,7 @@ def run_rounds(
     federation = _Federation(
         strategy, nodes, guard, compression, outer, exchange, num_rounds, reply_memory
     )
-    # Copies, because the strategy and the lines below write into them.
+    # These are copies, because the strategy and the lines below change them.
     train_config = ConfigRecord(dict(train_config or {}))
     evaluate_config = ConfigRecord(dict(evaluate_config or {}))
 
@@ -161,7 +165,7 @@ def run_rounds(
 
 @dataclass
 class _Federation:
-    """The parts of a run, and what they do in each phase."""
+    """The parts of a run. The methods run one phase with them."""
 
     strategy: Strategy
     nodes: Nodes
@@ -173,7 +177,7 @@ class _Federation:
     reply_memory: int
 
     def train(self, state: Checkpoint, record: RoundRecord, config: ConfigRecord) -> None:
-        """Let clients train, and move the global arrays to the aggregate."""
+        """Let clients train, and compute the new global arrays from their replies."""
         with ReplyStore(self.reply_memory) as store:
             configure = self.strategy.configure_train
             replies = self._replies(TRAIN, configure, state, record, config, store)
@@ -207,12 +211,12 @@ class _Federation:
         state.failed_rounds[EVALUATE] = 0
 
     def states(self) -> dict[str, Any]:
-        """Return the states of strategy, compression and outer optimizer, for a checkpoint."""
+        """Return the states that a checkpoint saves: strategy, compression and outer optimizer."""
         states: dict[str, Any] = {"strategy": strategy_state(self.strategy)}
         return states | {name: part.state_dict() for name, part in self._stateful().items()}
 
     def load_states(self, checkpoint: Checkpoint) -> None:
-        """Load the states of a checkpoint."""
+        """Load the states that a checkpoint has saved."""
         saved, here = checkpoint.states.keys() - {"strategy"}, self._stateful().keys()
         if changed := sorted(saved ^ here):
             then, now = ("with", "without") if changed[0] in saved else ("without", "with")
@@ -253,9 +257,10 @@ class _Federation:
         return replies
 
     def _for_strategy(self, replies: list[GoodReply]) -> Iterable[Message]:
-        """Return an iterator for `StreamingFedAvg`, which holds one reply, else a list.
+        """Return the decoded replies in the form that the strategy needs.
 
-        Other strategies may go through the replies twice, or change them.
+        `StreamingFedAvg` gets an iterator, so that only one decoded reply is in memory. Other
+        strategies get a list, because they may read the replies twice or change them.
         """
         decoded = self.exchange.decoded(replies)
         return decoded if isinstance(self.strategy, StreamingFedAvg) else list(decoded)
@@ -263,7 +268,7 @@ class _Federation:
     def _next_arrays(
         self, arrays: ArrayRecord, aggregate: ArrayRecord | None
     ) -> tuple[ArrayRecord, str]:
-        """Return the arrays after the outer step, and what is wrong with them."""
+        """Return the arrays after the outer step, and a text with their faults."""
         if aggregate is None:
             return arrays, ""
         if self.guard is not None:
@@ -276,7 +281,7 @@ class _Federation:
         return moved, "" if self.guard is None else not_finite(moved)
 
     def _fail(self, phase: str, reason: str, state: Checkpoint, record: RoundRecord) -> None:
-        """Count a failed phase, and raise if there were too many in a row."""
+        """Count a failed phase. Raise `RoundFailed` if too many phases in a row have failed."""
         assert self.guard is not None
         record.failures.append(f"{phase}: {reason}")
         in_a_row = state.failed_rounds.get(phase, 0) + 1
@@ -295,7 +300,7 @@ class _Federation:
 
 @contextmanager
 def _timed(record: RoundRecord, part: str) -> Iterator[None]:
-    """Add the seconds of a part of the round to the record."""
+    """Measure a part of the round, and add its seconds to the record."""
     started = time.monotonic()
     try:
         yield
@@ -348,7 +353,7 @@ def _log_start(
 
 
 def _result(state: Checkpoint) -> Result:
-    """Return what Flower's `start` would have returned."""
+    """Return the `Result` that Flower's `start` would return for these rounds."""
     result = Result()
     result.arrays = state.arrays
     for record in state.records:

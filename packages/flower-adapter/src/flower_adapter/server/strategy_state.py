@@ -1,4 +1,4 @@
-"""The state that a strategy keeps from round to round, for checkpoints."""
+"""Save and load the state that a strategy keeps from round to round."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from flower_adapter import protocol
 from flower_adapter.server.streaming import StreamingFedAvg
 
 # The attributes that change from round to round, for each strategy of Flower 1.41. Attributes that
-# `configure_train` sets anew in every round are not among them.
+# `configure_train` sets in every round are not in this table.
 STATE_ATTRIBUTES: dict[type, tuple[str, ...]] = {
     StreamingFedAvg: (),
     flower.FedAvg: (),
@@ -34,7 +34,7 @@ STATE_ATTRIBUTES: dict[type, tuple[str, ...]] = {
 
 
 def with_inner(strategy: object) -> Iterator[object]:
-    """Yield a strategy and those that it wraps, as Flower's wrappers for privacy do."""
+    """Yield a strategy and the strategies inside it. Flower's privacy wrappers hold one."""
     inner: object = strategy
     while inner is not None:
         yield inner
@@ -42,7 +42,7 @@ def with_inner(strategy: object) -> Iterator[object]:
 
 
 def weight_key(strategy: object) -> str:
-    """Return the metric that the strategy, or the innermost one it wraps, weights replies by."""
+    """Return the name of the metric that the innermost strategy uses as a reply's weight."""
     for inner in with_inner(strategy):
         key = getattr(inner, "weighted_by_key", None)
         if isinstance(key, str):
@@ -51,11 +51,10 @@ def weight_key(strategy: object) -> str:
 
 
 def strategy_state(strategy: object) -> list[list[Any]]:
-    """Return class name and state of a strategy and of each strategy that it wraps.
+    """Return the class name and state of a strategy and of each strategy inside it.
 
     Raises:
-        TypeError: a strategy is not one of Flower's and has no `state_dict`, so its state cannot be
-            known.
+        TypeError: a strategy does not come from Flower and has no `state_dict`.
     """
     return [[type(inner).__name__, _state(inner)] for inner in with_inner(strategy)]
 

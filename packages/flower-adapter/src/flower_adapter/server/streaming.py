@@ -1,4 +1,4 @@
-"""FedAvg that holds one reply at a time."""
+"""This module defines a FedAvg strategy that holds one reply at a time."""
 
 from collections.abc import Iterable
 
@@ -9,11 +9,12 @@ from flower_adapter.arrays.average import Average
 
 
 class StreamingFedAvg(FedAvg):
-    """Flower's `FedAvg`, with one reply and the average in memory, however many clients there are.
+    """A `FedAvg` that holds only one reply and the average in memory, for any number of clients.
 
     The arguments are those of `FedAvg`. `run_rounds` gives this strategy an iterator that decodes
-    one reply at a time. Each reply loses its arrays once they are averaged, so the functions that
-    aggregate metrics see none. Integer and bool arrays are rounded and do not become floats.
+    one reply at a time. After the arrays of a reply are averaged, they are removed from the reply.
+    The functions that aggregate metrics therefore see no arrays. Averages of integer and bool
+    arrays are rounded, so these arrays do not become floats.
     """
 
     def aggregate_train(
@@ -22,7 +23,7 @@ class StreamingFedAvg(FedAvg):
         """Average the replies.
 
         Raises:
-            ValueError: a reply has other names, shapes or dtypes than the first one, or a weight
+            ValueError: a reply has other names, shapes or dtypes than the first reply, or a weight
                 that is not positive. The text names the node.
         """
         average = Average()
