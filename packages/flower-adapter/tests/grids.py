@@ -72,7 +72,7 @@ BAD_REPLIES: dict[str, tuple[RecordDict, str]] = {
     "nan": (with_arrays(w=np.array([1, np.nan], np.float32)), "w holds NaN or Inf (1 of 2 values)"),
     "inf": (with_arrays(w=np.array([np.inf] * 2, np.float32)), "w holds NaN or Inf (2 of 2"),
     "missing array": (RecordDict({**good(), "arrays": record(n=np.array(4))}), "w is missing"),
-    "foreign array": (with_arrays(x=np.ones(1)), "x was not sent"),
+    "foreign array": (with_arrays(x=np.ones(1)), "x should not be there"),
     "other shape": (
         with_arrays(w=np.zeros(3, np.float32)),
         "w is float32 (3,), should be float32 (2,)",

@@ -820,7 +820,8 @@ def test_another_strategy_is_refused_and_named(tmp_path: Path) -> None:
     run(tmp_path, rounds=1)
     with pytest.raises(CheckpointError) as caught:
         run(tmp_path, resume=True, name="FedAdam")
-    assert str(caught.value) == "the run had the strategy StreamingFedAvg, this is FedAdam"
+    expected = "the saved run had the strategy StreamingFedAvg, this run has FedAdam"
+    assert str(caught.value) == expected
 
 
 def test_another_wrapped_strategy_is_refused_and_named(tmp_path: Path) -> None:
@@ -833,17 +834,17 @@ def test_another_wrapped_strategy_is_refused_and_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         start(parts(FedAdam()), client_app(), rounds=1, checkpoints=checkpoints)
     name = "DifferentialPrivacyServerSideFixedClipping"
-    expected = f"the run had the strategy {name}(FedAvg), this is {name}(FedAdam)"
+    expected = f"the saved run had the strategy {name}(FedAvg), this run has {name}(FedAdam)"
     assert str(caught.value) == expected
 
 
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
-        ("StreamingFedAvg", "outer", "the run was without outer, this is with"),
-        ("outer", "StreamingFedAvg", "the run was with outer, this is without"),
-        ("outer", "outer, 2-bit", "the run was without compression, this is with"),
-        ("outer, 2-bit", "outer", "the run was with compression, this is without"),
+        ("StreamingFedAvg", "outer", "the saved run was without outer, this run is with"),
+        ("outer", "StreamingFedAvg", "the saved run was with outer, this run is without"),
+        ("outer", "outer, 2-bit", "the saved run was without compression, this run is with"),
+        ("outer, 2-bit", "outer", "the saved run was with compression, this run is without"),
     ],
 )
 def test_a_resume_with_other_parts_is_refused(

@@ -311,7 +311,7 @@ class Rewriting(Metered):
         ({"format": "1"}, "ValueError: the message uses compression format '1', this side knows 1"),
         ({"uplink": "int3"}, "CodecError: codec 'int3' is unknown here, should be one of fp32, "),
         ({"uplink": 3}, "ValueError: the compression record is "),
-        ({"base": "v7"}, "changes version v7 of the model, but this client has none"),
+        ({"base": "v7"}, "needs version v7 of the model, but this client has none"),
     ],
 )
 def test_a_client_refuses_a_message_that_it_cannot_decode_in_words(

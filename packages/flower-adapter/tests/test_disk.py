@@ -360,7 +360,7 @@ def test_a_client_with_only_later_rounds_warns_and_starts_without_state(
     assert seen(mod, "train", 3, living) == []
     [warning] = [r.getMessage() for r in flower_log.records if r.levelno == logging.WARNING]
     assert (
-        "run first has no state of round 2 or earlier, only of rounds 4, 5: starting without"
+        "run first has no state up to round 2, only of rounds 4, 5: starting without a state"
         in warning
     )
 

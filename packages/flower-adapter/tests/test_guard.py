@@ -31,7 +31,7 @@ def test_a_bad_train_reply_is_refused_with_the_reason(kind: str) -> None:
 
 def test_every_fault_of_the_arrays_is_named() -> None:
     with pytest.raises(
-        ValueError, match=r"^n is missing; w is float64 \(1,\), .*; x was not sent$"
+        ValueError, match=r"^n is missing; w is float64 \(1,\), .*; x should not be there$"
     ):
         check(RecordDict({**good(), "arrays": record(w=np.zeros(1), x=np.ones(1))}))
 
@@ -56,6 +56,19 @@ def test_the_norm_of_an_update_is_that_of_numpy_over_all_floats() -> None:
 
 def test_an_update_too_long_for_a_square_in_single_precision_has_its_norm() -> None:
     assert check(moved(3e30)) == pytest.approx(3e30, rel=1e-6)
+
+
+def test_an_update_whose_difference_overflows_its_dtype_has_its_norm() -> None:
+    sent = record(w=np.array([-60_000, 0], np.float16), n=np.array(3))
+    reply = with_arrays(w=np.array([60_000, 0], np.float16))
+    norm = Guard().check(reply, "num-examples", sent)
+    assert norm == pytest.approx(120_000, rel=1e-3)
+
+
+def test_an_update_longer_than_any_float_is_refused_with_its_norm() -> None:
+    sent = record(w=np.full(2, -1.7e308), n=np.array(3))
+    with pytest.raises(ValueError, match="its update has norm inf, should be finite"):
+        Guard().check(with_arrays(w=np.full(2, 1.7e308)), "num-examples", sent)
 
 
 def test_the_weight_is_the_one_under_the_strategys_key() -> None:

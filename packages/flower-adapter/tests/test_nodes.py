@@ -9,7 +9,18 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from grids import Answering, data, good, partitions, record, run, scripted, warnings_of
+from grids import (
+    Answering,
+    Clock,
+    Slow,
+    data,
+    good,
+    partitions,
+    record,
+    run,
+    scripted,
+    warnings_of,
+)
 from torch import nn
 
 from flower_adapter import RoundRecord, to_arrays, torch_client_app
@@ -180,6 +191,15 @@ def test_a_node_that_does_not_know_the_query_is_asked_once(
     assert warning == f"no label from nodes [{grid.node(0)}]: their order is not reproducible"
 
 
+def test_a_node_that_does_not_answer_the_query_in_time_is_named(
+    flower_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch)
+    grid = Slow(3, never=[0])
+    Nodes(grid, seed=1).choose(send_to(2), "1-train")
+    assert any(str(grid.node(0)) in warning for warning in warnings_of(flower_log))
+
+
 def test_nodes_are_ordered_by_label_and_those_without_one_come_last_by_id() -> None:
     nodes = Nodes(scripted(good()), seed=None)
     nodes.learn({1: "c", 2: None, 3: "a", 4: "b"})
@@ -207,7 +227,7 @@ def test_nodes_without_a_label_are_ordered_by_id_with_a_warning(
 
 def test_shared_labels_are_warned_of(flower_log: pytest.LogCaptureFixture) -> None:
     run(LocalGrid(client_app(label=lambda context: "same"), 3), FedAvg(), start=START, seed=1)
-    assert "3 nodes share the label 'same': not reproducible" in flower_log.text
+    assert "3 nodes share the label 'same': their order is not reproducible" in flower_log.text
 
 
 def test_without_a_seed_nobody_is_warned_of_labels(flower_log: pytest.LogCaptureFixture) -> None:

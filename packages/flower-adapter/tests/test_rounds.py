@@ -318,8 +318,8 @@ def test_a_failed_round_leaves_the_arrays_as_they_were_and_says_so(
     ]
     failed = [w for w in warnings_of(flower_log) if "the global arrays stay as they were" in w]
     assert [w.partition(":")[0] for w in failed] == ["train round 2", "train round 3"]
-    assert "(1 of at most 2 failed rounds in a row)" in failed[0]
-    assert "(2 of at most 2 failed rounds in a row)" in failed[1]
+    assert "(the run fails after 3 such rounds in a row, this is number 1)" in failed[0]
+    assert "(the run fails after 3 such rounds in a row, this is number 2)" in failed[1]
 
 
 @pytest.mark.parametrize(

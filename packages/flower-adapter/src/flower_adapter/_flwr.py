@@ -1,4 +1,4 @@
-"""This module imports every name that does not come from Flower's public modules.
+"""This module holds all imports from modules of Flower that are not public.
 
 Flower's public modules are `flwr.app`, `flwr.clientapp`, `flwr.serverapp` and
 `flwr.serverapp.strategy`. Any other module of Flower may change in any release. `pyproject.toml`
@@ -6,12 +6,13 @@ therefore sets an upper bound on the version of `flwr`. When Flower has a new re
 file first.
 """
 
-# An error reply needs an error code, and Flower's public modules have no list of the codes.
 from flwr.app.typing import ConfigRecordValues, MetricRecordValues  # types of record values
 from flwr.clientapp.typing import ClientAppCallable, Mod  # types of a mod's arguments
+
+# An error reply needs an error code, and Flower's public modules have no list of the codes.
 from flwr.common.constant import ErrorCode
 
-# `Grid.run` is abstract, so the grid in `flower_adapter.testing` has to return a `Run`.
+# The grid in `flower_adapter.testing` has to define `Grid.run`, which has this return type.
 from flwr.supercore.run import Run
 
 # A process can only make messages once it knows its run, node and task. Flower sets them in a

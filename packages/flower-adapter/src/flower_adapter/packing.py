@@ -39,7 +39,7 @@ _RECORDS = {
     "MetricRecord": MetricRecord,
     "RecordDict": RecordDict,
 }
-# The dtypes of numpy that safetensors supports. Arrays of other dtypes are kept as bytes.
+# numpy dtypes that safetensors can store. Arrays of other dtypes are kept as bytes.
 _FILE_KINDS = frozenset(
     ["bool", "float16", "float32", "float64"]
     + [f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 32, 64)]
@@ -55,7 +55,7 @@ def pack(value: Any, path: str) -> tuple[str, dict[str, Array]]:
     the value in errors.
 
     Raises:
-        TypeError: the value holds something else. The text gives its path.
+        TypeError: `value` holds something else. The message says where, and begins with `path`.
     """
     arrays: dict[str, Array] = {}
     structure = _encode(value, path, arrays)
@@ -78,7 +78,7 @@ def unpack(structure: str, arrays: Mapping[str, Array]) -> Any:
 def write_file(path: Path, structure: str, arrays: Mapping[str, Array]) -> None:
     """Write a safetensors file and sync it to the disk. The write is not atomic.
 
-    Arrays with a dtype or serialization that safetensors lacks are written as bytes.
+    An array is written as bytes if `_FILE_KINDS` lacks its dtype or numpy did not serialize it.
 
     Raises:
         OSError: the file cannot be written.

@@ -16,7 +16,7 @@ NUM_EXAMPLES = "num-examples"
 
 # Keys of the config record, set by a server that writes checkpoints.
 RUN = "flower-adapter.run"  # id of the first attempt of the run, the same after each resume
-ATTEMPTS = "flower-adapter.attempts"  # "4:1f0c…" for each resume: round and attempt id
+ATTEMPTS = "flower-adapter.attempts"  # "4:1f0c…" for each resume: round before it, attempt id
 
 # The record in a reply that names the client.
 CLIENT = "client"
@@ -30,7 +30,8 @@ COMPRESSION = "flower-adapter.compression"
 COMPRESSION_VERSION = 1
 _COMPRESSED = "flower-adapter/"  # how the `stype` of a compressed array begins
 
-# Where a client keeps the layers that it trains but does not share.
+# In a client's context: the name of the state with the trained arrays and the buffers that the
+# client does not share.
 PERSONAL = "flower-adapter.personal"
 
 
@@ -63,7 +64,10 @@ class CompressionHeader(NamedTuple):
         return cls(*cast(list[str], values))
 
     def to_record(self) -> ConfigRecord:
-        """Return the record for a message. It has no empty fields: Flower cannot count them."""
+        """Return the record for a message, without the empty fields.
+
+        Flower's `count_bytes` raises ValueError for an empty string.
+        """
         fields = {name: value for name, value in self._asdict().items() if value}
         return ConfigRecord({"format": COMPRESSION_VERSION, **fields})
 
@@ -94,7 +98,7 @@ def codec_of(stype: str) -> str:
 
 
 def default_label(context: Context) -> str:
-    """Return a label such as "partition 0007", or "node" and the node id without a partition id."""
+    """Return "partition 0007" for partition-id 7, or "node 123" if there is no partition-id."""
     partition = context.node_config.get("partition-id")
     if partition is None:
         return f"node {context.node_id}"

@@ -21,14 +21,16 @@ _DTYPES = frozenset(map(np.dtype, ARRAY_DTYPES.values()))
 class Average:
     """A running weighted mean of `ArrayRecord`s with equal names, shapes and dtypes.
 
-    Memory does not grow with the number of records. It holds one mean, and from the 129th record
-    on it holds two means. Floats and complex numbers are averaged in their own precision. Half
-    precision is averaged in single precision. Each block of 128 records has a running mean
-    (Welford, 1962), and the blocks have another one (Higham, "The accuracy of floating point
-    summation", 1993). The rounding error of ten thousand records is therefore only as large as
-    that of a few hundred records. The difference of two values must lie within the range of their
-    dtype. Integers and bools are averaged in double precision and rounded to the nearest integer,
-    ties to even.
+    Memory does not grow with the number of records. It holds one mean, and from the 128th record
+    on it holds two means. Each block of 128 records has a running mean (Welford, 1962). A second
+    running mean averages the blocks (Higham, "The accuracy of floating point summation", 1993). The
+    rounding error of ten thousand records is therefore only as large as that of a few hundred
+    records.
+
+    Floats and complex numbers are averaged in their own precision, and half precision is averaged
+    in single precision. If two values differ by more than the largest number of that precision, the
+    mean can overflow. Integers and bools are averaged in double precision and rounded to the
+    nearest integer, ties to even.
     """
 
     def __init__(self) -> None:

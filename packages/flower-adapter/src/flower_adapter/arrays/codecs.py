@@ -5,7 +5,7 @@ The tensor has two or more dimensions.
 | codec | bits per value | scale |
 |---|---|---|
 | fp32 | 32 | exact |
-| bf16 | 16 | its own exponent, round to nearest even |
+| bf16 | 16 | each value's own exponent, round to nearest even |
 | int8 | 8 | largest magnitude of each channel (the first dimension), float32 |
 | int4 | 4.125 | largest magnitude of each block of 128 values, bfloat16 |
 | 2-bit | 2.125 | least squares over each block of 128 values, bfloat16 |
@@ -13,9 +13,10 @@ The tensor has two or more dimensions.
 
 int4 and 2-bit follow the blockwise quantization of MuLoCo (arXiv 2505.23725). "2-bit" has the four
 levels of the Lloyd-Max quantizer for a normal distribution (Max, "Quantizing for minimum
-distortion", 1960). The scale of "2-bit" is then fitted to the chosen levels. The norm of a block's
-error is therefore never larger than the norm of the block. Error feedback needs this bound (arXiv
-1901.09847).
+distortion", 1960). First each value of a block gets one of the levels. Then the scale of the block
+is chosen by least squares, so that the scaled levels are as close to the values as possible. The
+norm of a block's error is therefore never larger than the norm of the block. Error feedback needs
+this bound (arXiv 1901.09847).
 """
 
 import math
@@ -38,7 +39,10 @@ Shape = tuple[int, ...]
 
 
 class CodecError(ValueError):
-    """Arrays cannot be encoded or decoded. The text names the codec, the array and the cause."""
+    """An error: arrays cannot be encoded or decoded.
+
+    The message names the codec or the array, and gives the cause.
+    """
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def codec(name: str) -> Codec:
     """Return the codec "fp32", "bf16", "int8", "int4", "2-bit", "top-k" or "top-k:0.05".
 
     Raises:
-        CodecError: there is no such codec. The text lists the codecs that exist.
+        CodecError: there is no such codec. The message says what the name should be.
     """
     if not isinstance(name, str):
         raise CodecError(f"codec is {name!r}, should be a name such as '2-bit'")
@@ -72,7 +76,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _tensor(data: bytes, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-    """Return a read-only view of part of `data`."""
+    """Return a part of `data` as a tensor. The caller must not write to the tensor."""
     raw = npy.tensor_view(np.frombuffer(data, np.uint8)[start:stop])
     # A view in a wider dtype must be aligned. Data that is not aligned is copied.
     return raw.view(dtype) if start % dtype.itemsize == 0 else raw.clone().view(dtype)
@@ -104,7 +108,8 @@ def _decode_bf16(data: bytes, shape: Shape) -> Tensor:
 def _encode_int8(values: Tensor) -> bytes:
     channels = values.reshape(values.shape[0], -1)
     scales = channels.abs().amax(1, keepdim=True) / 127
-    # The result is clamped, because a scale near the smallest floats is rounded down.
+    # A scale near the smallest floats can be rounded down so far that a quotient exceeds 127. The
+    # quotients are therefore clamped.
     quantized = (channels / _divisor(scales)).round_().clamp_(-127, 127).to(torch.int8)
     return _bytes(scales) + _bytes(quantized)
 
@@ -175,7 +180,7 @@ def _num_blocks(shape: Shape) -> int:
 
 
 def _divisor(scales: Tensor) -> Tensor:
-    """Return `scales` with 1 in place of 0: a block with scale 0 holds only zeros."""
+    """Return `scales` with 1 in place of 0, so that values with scale 0 are encoded as zeros."""
     return torch.where(scales == 0, 1.0, scales)
 
 

@@ -33,7 +33,7 @@ WIDENED = frozenset(
     }
 )
 
-# The numpy dtype that each torch dtype travels as.
+# For each torch dtype, the numpy dtype in which its tensors travel.
 ARRAY_DTYPES: dict[torch.dtype, type[np.generic]] = {
     torch.bool: np.bool_,
     torch.uint8: np.uint8,
@@ -60,7 +60,7 @@ class ArrayMismatch(ValueError):
 
     Attributes:
         module_name: the class name of the module.
-        mismatches: a text for each name. It says what the array is and what it should be.
+        mismatches: for each array name, a text that says what the array is and should be.
     """
 
     def __init__(self, module_name: str, mismatches: Mapping[str, str]) -> None:
@@ -100,9 +100,9 @@ def load_arrays(module: nn.Module, record: ArrayRecord, *, select: Selection | N
 
     The record must hold at least one name of each tied weight. If it holds several names of one
     tied weight, their values must be equal. Averaging turns integer and bool buffers into floats.
-    Loading rounds such a float. If a parameter is a float, loading casts integers and floats of
-    another width to the parameter's dtype. With `select` the record must hold the selected entries
-    and no others.
+    Loading rounds these floats and casts them back. If a parameter or buffer is a float, loading
+    casts integers and floats of another width to its dtype. With `select` the record must hold the
+    selected entries and no others.
 
     Raises:
         ArrayMismatch: a name is missing or unexpected, a shape differs, or values cannot be cast
@@ -277,7 +277,8 @@ def _checked(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
 def _bare_names(named: Mapping[str, T], known: Container[str] = ()) -> dict[str, T]:
     """Return `named` under the names of the bare module, in the same order.
 
-    A prefix "module." stays if one of the names is in `known` already.
+    `torch.compile` adds "_orig_mod" to names, and this is always removed. The prefix "module." of
+    `DistributedDataParallel` is removed if all names have it and none of them is in `known`.
     """
     names = [".".join(part for part in name.split(".") if part != "_orig_mod") for name in named]
     while (
@@ -358,7 +359,7 @@ def _write(target: Tensor, values: NDArray[Any] | Tensor) -> None:
     if isinstance(values, Tensor):
         target.copy_(values)
     elif target.device.type == "cpu" and not (target.is_conj() or target.is_neg()):
-        # This makes one copy. torch.from_numpy would need a second copy that is writable.
+        # This copies once. `torch.from_numpy` needs a writable array, which would be a second copy.
         np.copyto(target.numpy(), values)
         torch.autograd.graph.increment_version(target)
     else:

@@ -36,11 +36,12 @@ def encode(
 ) -> Encoded:
     """Compress `arrays` as deltas to `base`, after adding the `residual` of the last call.
 
-    An array stays as it is if arrays like it are never compressed, or if `base` has no array with
-    the same name, dtype and shape.
+    Only float arrays of two or more dimensions are compressed, and only if `base` has an array with
+    the same name, dtype and shape. All other arrays stay as they are.
 
     Raises:
-        CodecError: the codec is unknown, or a delta holds NaN, Inf or values too large for it.
+        CodecError: the codec is unknown, or a delta holds NaN, Inf or values that are too large for
+            the codec.
     """
     chosen = codec(codec_name)
     encoded, decoded, lost = ArrayRecord(), ArrayRecord(), {}
@@ -53,7 +54,7 @@ def encode(
         if residual is not None and name in residual and residual[name].shape == delta.shape:
             delta += residual[name]
         used, data = chosen, chosen.encode(delta.float())
-        if len(data) > 4 * delta.numel():  # the scales of a very small array
+        if len(data) > 4 * delta.numel():  # scales can make a small array larger than fp32
             used = codec("fp32")
             data = used.encode(delta.float())
         decoded[name] = _moved(before, used.decode(data, array.shape))
@@ -67,7 +68,7 @@ def encode(
 
 
 def decode(arrays: ArrayRecord, base: ArrayRecord) -> ArrayRecord:
-    """Decode what `encode` returned and add it to `base`. Other arrays stay as they are.
+    """Decode the deltas from `encode` and add them to `base`. Uncompressed arrays stay unchanged.
 
     Raises:
         CodecError: the codec or its version is unknown, the data is damaged, or `base` has no
@@ -118,7 +119,7 @@ def _wide(array: Array) -> Tensor:
 
 
 def _moved(base: Array, delta: Tensor) -> Array:
-    """Return `base` + `delta`. One addition and one rounding give the same bits everywhere."""
+    """Return `base` + `delta`. A single addition gives the same bits on server and client."""
     values = npy.array_view(base)
     moved = torch.empty_like(values)
     torch.add(values, delta, out=moved)

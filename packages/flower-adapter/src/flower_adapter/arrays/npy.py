@@ -1,4 +1,4 @@
-"""Convert numpy arrays and tensors to Flower's `Array` with one copy, and back without a copy.
+"""Convert a numpy array to Flower's `Array` with one copy, and read an `Array` without a copy.
 
 Flower's `Array` holds the bytes that `numpy.save` writes. `numpy.save` copies in chunks and
 `numpy.load` copies the bytes again. The functions here write the bytes once and read them in
@@ -53,8 +53,8 @@ def from_array(array: Array) -> NDArray[Any]:
 def cast(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return `values` in `dtype`. For an integer `dtype`, round and clip floats."""
     if dtype.kind in "iu" and values.dtype.kind == "f":
-        # `most` is the largest double below 2**63 or 2**64, the limit of the integer dtype. A mean
-        # in double precision can be rounded up to this limit.
+        # `most` is the largest double below the limit of the dtype, such as 2**63 for int64.
+        # A mean in double precision can be rounded up to this limit, which the dtype cannot hold.
         most = np.nextafter(2.0 ** (8 * dtype.itemsize - (dtype.kind == "i")), 0)
         values = np.clip(np.rint(values), np.iinfo(dtype).min, most)
     elif dtype.kind == "b":
@@ -64,11 +64,11 @@ def cast(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def tensor_view(values: NDArray[Any]) -> Tensor:
-    """Return a tensor that shares the memory of `values`. The caller must not write to it.
+    """Return a tensor that shares the memory of `values`. The caller must not write to the tensor.
 
-    Values that are not in C order are copied. torch has no read-only tensors and warns about
-    read-only arrays. A view through ctypes hides the read-only flag. The tensor keeps `values`
-    alive.
+    Values that are not in C order are copied. torch has no read-only tensors, so it would warn if
+    `values` are read-only. To avoid the warning, the tensor is then made from a view through
+    ctypes, which does not have the read-only flag. The tensor keeps `values` alive.
     """
     values = np.asarray(values, order="C")
     if values.flags.writeable or values.size == 0:
@@ -79,7 +79,7 @@ def tensor_view(values: NDArray[Any]) -> Tensor:
 
 
 def array_view(array: Array) -> Tensor:
-    """Return a tensor that shares the bytes of `array`. The caller must not write to it."""
+    """Return a tensor that shares the bytes of `array`. The caller must not write to the tensor."""
     return tensor_view(from_array(array))
 
 

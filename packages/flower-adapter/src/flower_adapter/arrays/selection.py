@@ -1,7 +1,8 @@
 """Select the parameters and buffers that travel, with `select=` of `to_arrays` and `load_arrays`.
 
 A selection takes an `Entry` and returns True or False. This module holds common selections, and a
-lambda works as well. An entry that is not selected keeps its value on both sides.
+lambda works as well. An entry that is not selected is not sent, so it keeps its value on the server
+and on the client.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,8 @@ def trainable(entry: Entry) -> bool:
     """Select the parameters that require a gradient.
 
     Raises:
-        TypeError: the entry comes from a bare state dict. Its tensors never require a gradient.
+        TypeError: the entry comes from a bare state dict. By default, the tensors of a state dict
+            are detached and do not require a gradient.
     """
     if entry.owner is None:
         raise TypeError(f"{entry.name} comes from a state dict: trainable needs a module")
@@ -62,7 +64,7 @@ def matching(*patterns: str) -> Selection:
 
 
 def excluding(*patterns: str) -> Selection:
-    """Select names that match no shell pattern in the list."""
+    """Select names that match none of the shell patterns."""
     matches = matching(*patterns)
     return lambda entry: not matches(entry)
 

@@ -3,8 +3,9 @@
 When a ClientApp raises an exception, Flower sends an error to the server. In a deployment the error
 holds the exception's type and text. In a simulation it holds Ray's traceback, which contains the
 text. In this module ValueError, ArithmeticError and OSError mean bad input or a failed computation.
-The client answers these three with an error reply of one plain sentence, in a deployment and in a
-simulation. Flower handles all other exceptions.
+The client catches these three and answers with an error reply that holds only the exception's class
+and text. This reply is the same in a deployment and in a simulation. Flower handles all other
+exceptions.
 """
 
 import math
@@ -59,12 +60,12 @@ def torch_client_app(
             example a digest of the client's data. The default is "partition 0007" for
             partition-id 7. Without a partition-id the default is the node id, which is new in every
             run.
-        queries: functions by name that answer other questions. A message of type
+        queries: functions that answer the server's query messages, by name. A message of type
             "query.vocabulary" calls the function with the name "vocabulary". The reply carries the
-            function's result as its record "client".
-        select: chooses the arrays that travel (see `flower_adapter.arrays.selection`). The client's
-            context keeps the other trained arrays and the other buffers from round to round.
-            Frozen arrays that are not selected keep the values from `build_model`.
+            function's result as the record "client".
+        select: chooses the arrays that travel (see `flower_adapter.arrays.selection`). Trained
+            parameters and buffers that are not selected stay in the client's context from round to
+            round. Frozen parameters that are not selected keep the values from `build_model`.
         mods: mods from Flower and from this package, the outermost first, for example
             `[DiskState("state"), compression_mod]`.
 
@@ -130,7 +131,7 @@ def _refusing(handler: Handler) -> Handler:
 
 
 def _personal(model: nn.Module, select: Selection) -> set[str]:
-    """Return the names of the trained arrays and buffers that the client does not share."""
+    """Return the names of the buffers and trainable parameters that are not selected."""
     return {
         entry.name
         for entry in entries(model)

@@ -20,8 +20,9 @@ def compression_mod(message: Message, context: Context, call_next: ClientAppCall
     compression, the mod changes nothing. Put `DiskState` before this mod. Put mods that read
     arrays after it, such as Flower's mods for clipping and local privacy.
 
-    The client keeps two states in its context: the model from which the next delta starts, and the
-    error feedback. If a message cannot be decoded, or a reply cannot be encoded, the server gets an
+    The client keeps two states in its context. One is the model to which the server's next delta is
+    added. The other is the loss of the last reply, which is added to the next reply (error
+    feedback). If a message cannot be decoded, or a reply cannot be encoded, the server gets an
     error reply.
     """
     if protocol.COMPRESSION not in message.content:
@@ -63,7 +64,7 @@ def _decode(
         if model is None or version != header.base:
             drop_state(context, name=_MODEL)
             raise CodecError(
-                f"the message changes version {header.base} of the model, but this client has "
+                f"the message needs version {header.base} of the model, but this client has "
                 f"{version or 'none'}; the server will send the whole model next time"
             )
         if header.version == header.base:  # the client has this model already

@@ -16,7 +16,8 @@ from flower_adapter.client.replies import refuse
 from flower_adapter.client.state import StateFormatError
 from flower_adapter.packing import pack, read_file, sync, unpack, write_file
 
-_MARK = "flower-adapter.disk-state"  # names the file that holds the same state as the context
+# The record in a context that names the file with the same state.
+_MARK = "flower-adapter.disk-state"
 _NAME = re.compile(r"round-(\d{6,})(?:-([0-9a-f]+))?\.safetensors")
 _LONGEST_NAME = 120  # characters; file systems allow 255 bytes
 
@@ -30,9 +31,10 @@ class DiskState:
     `<directory>/<label>/<run>/round-<n>.safetensors`. The state includes, for example, the
     optimizer and the error feedback. Before a train message of round n the mod restores the state
     from the client's last training before round n. Before an evaluate message of round n it
-    restores the state from the last training up to round n. When a run resumes at an earlier
-    round, each client therefore has its state from that round. State from an abandoned attempt is
-    deleted. If a train message fails, its changes to the context are undone.
+    restores the state from the last training up to round n. If a run resumes after an earlier
+    round, each client therefore gets back the state that it had after that round. State that an
+    abandoned attempt saved after that round is deleted. If a train message fails, its changes to
+    the context are undone.
 
     `<run>` is the run id that `Checkpoints` puts into the server's messages. This id stays the same
     after a resume, so a resumed run finds the saved state. Without checkpoints, `<run>` is Flower's
@@ -112,8 +114,9 @@ class DiskState:
 class _RunFiles(NamedTuple):
     """The files of one client in one run.
 
-    Each resume starts a new attempt. The new attempt continues after a certain round. It uses the
-    files that earlier attempts wrote up to this round, and no later files.
+    Each resume starts a new attempt, which continues after the round of a checkpoint. The new
+    attempt uses the files that earlier attempts wrote up to this round. It does not use their files
+    from later rounds.
     """
 
     directory: Path
@@ -125,7 +128,7 @@ class _RunFiles(NamedTuple):
         return self.directory / f"round-{server_round:06d}{suffix}.safetensors"
 
     def rounds(self) -> list[tuple[int, Path]]:
-        """Return the rounds that this attempt can use and their files, oldest round first."""
+        """Return (round, file) for each round that this attempt can use, oldest round first."""
         newest: dict[int, tuple[int, Path]] = {}
         for at, attempt, path in self.all():
             if self._is_ours(at, attempt):
@@ -159,7 +162,7 @@ def _restore(files: _RunFiles, context: Context, run: str, latest: int) -> None:
         later = sorted(at for at, _, _ in files.all())
         if later:
             _logger.warning(
-                "run %s has no state of round %d or earlier, only of rounds %s: starting without",
+                "run %s has no state up to round %d, only of rounds %s: starting without a state",
                 run,
                 latest,
                 ", ".join(map(str, later)),
@@ -180,7 +183,10 @@ def _restore(files: _RunFiles, context: Context, run: str, latest: int) -> None:
 
 
 def _undoing_failures(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Return the reply. Clear the context after a failure, so that the next message restores it."""
+    """Return the reply to a train message. If the training fails, clear the context.
+
+    Before the next train or evaluate message `_restore` then loads the last saved state.
+    """
     context.state.pop(_MARK, None)
     failed = True
     try:

@@ -13,6 +13,6 @@ logger = logging.getLogger("flwr")
 def refuse(
     message: Message, error: Exception, code: int = ErrorCode.MOD_FAILED_PRECONDITION
 ) -> Message:
-    """Log `error` with its traceback, and return an error reply with its class and its text."""
+    """Log `error` with its traceback. Return an error reply with the class and text of `error`."""
     logger.error("%s refused", message.metadata.message_type, exc_info=error)
     return Message(Error(code=code, reason=f"{type(error).__name__}: {error}"), reply_to=message)

@@ -1,9 +1,9 @@
-"""Keep torch state in a Flower `Context` between rounds without changing a bit.
+"""Keep torch state in a Flower `Context` between rounds, bit for bit.
 
 `context.state` gets two records for a state called `name`. The ArrayRecord `name.arrays` holds the
-arrays. The ConfigRecord `name.structure` holds the rest (dicts, lists, tuples, numbers, strings) as
-JSON. The module does not use pickle. A context lives as long as its run. `DiskState`
-saves the context in a directory.
+arrays. The ConfigRecord `name.structure` holds dicts, lists, tuples, numbers and strings as JSON.
+The module does not use pickle. A context is lost when its run ends. To keep it longer, use
+`DiskState`, which saves the context in a directory.
 """
 
 import copy
@@ -30,7 +30,7 @@ _logger = logging.getLogger("flwr")
 
 
 class StateFormatError(ValueError):
-    """An error: the records under a name, or a file, hold no valid state in this format."""
+    """An error: a saved state in a context or file is incomplete, altered or in another format."""
 
 
 def save_state(
@@ -40,14 +40,17 @@ def save_state(
 
     A state may be an object with a `state_dict()` (an optimizer, a scheduler, a module, a data
     loader), a random generator of torch, numpy or Python, or nested dicts, lists, tuples, tensors,
-    numpy arrays, numbers and strings. From the model `valid_for` only the names, shapes and dtypes
-    are saved. If one of them has changed later, `restore_state` drops the state.
+    numpy arrays, numbers and strings. The model `valid_for` itself is not saved, only the names,
+    shapes and dtypes of its parameters and buffers. `restore_state` compares them with those of the
+    model that it gets, and drops the state if they differ.
 
     Returns:
-        the number of bytes that the state takes in the context. It is also logged at debug level.
+        the number of bytes that the state takes in the context. This number is also logged at debug
+        level.
 
     Raises:
-        TypeError: a state cannot be saved. The text gives its path. The earlier state stays.
+        TypeError: a state holds a value that cannot be saved. The message says where in the state
+            the value is. The earlier state stays.
     """
     packed = {key: state_of(value) for key, value in states.items()}
     structure, arrays = pack(packed, name)
@@ -65,18 +68,19 @@ def save_state(
 def restore_state(
     context: Context, *, name: str = "state", valid_for: nn.Module | None = None, **targets: Any
 ) -> dict[str, Any] | None:
-    """Return the states that were saved under `name`, or None if nothing was saved.
+    """Return the states that were saved under `name`, or None if there are none that fit.
 
-    Each target is an object with `load_state_dict`, or a random generator. It loads the state that
-    was saved under the same keyword. Tensors in the result are new tensors on the CPU with the same
-    dtype and bits.
+    Each target is an object with `load_state_dict`, or a random generator. The target loads the
+    state that was saved under the same keyword. Tensors in the result are new tensors on the CPU
+    with the same dtype and bits.
 
-    If the saved state no longer fits, the whole state is dropped with a warning, and the targets
-    stay unchanged. The state does not fit if
-    - the names, shapes, dtypes or order of the model's parameters have changed,
+    If the saved state no longer fits, the whole state is dropped with a warning, the targets stay
+    unchanged, and the result is None. The state does not fit if
+    - the names, shapes, dtypes or order of the model's parameters or buffers have changed,
     - the class of a target has changed,
-    - an optimizer has other parameters than before, or
-    - a target was not saved, or rejects its state.
+    - an optimizer has other parameters than before,
+    - no state was saved under the keyword of a target, or
+    - a target rejects its state.
 
     Raises:
         StateFormatError: the records are incomplete, altered or have another format version.

@@ -1,8 +1,8 @@
-"""Write and read checkpoints of a run. Each round has one directory, complete or absent.
+"""Write and read checkpoints of a run. Each checkpoint is a directory, complete or absent.
 
-    <directory>/round-000004/arrays.safetensors   the global arrays, for anyone to read
-                             state.safetensors    states, random states and records so far
-                             round.json           the run and the record of the round
+    <directory>/round-000004/arrays.safetensors   the global arrays, readable without this package
+                             state.safetensors    the other fields of `Checkpoint`
+                             round.json           the format, the run id and the record of the round
 
 The files are first written and synced in a temporary directory. One rename then moves this
 directory to its final place. The module does not use pickle.
@@ -36,7 +36,7 @@ logger = logging.getLogger("flwr")
 
 
 class CheckpointError(ValueError):
-    """An error: a checkpoint cannot be read or does not fit. The text gives file and fault."""
+    """An error: a checkpoint or its directory cannot be used. The message says why."""
 
 
 @dataclass
@@ -48,14 +48,14 @@ class Checkpoint:
     server_round: int
     arrays: ArrayRecord
     model: dict[str, str]  # dtype and shape of each initial array
-    states: dict[str, Any] = field(default_factory=dict)  # of strategy, compression, optimizer
+    states: dict[str, Any] = field(default_factory=dict)  # keys: strategy, compression, outer
     failed_rounds: dict[str, int] = field(default_factory=dict)  # failed rounds in a row, by phase
     random_states: dict[str, Any] = field(default_factory=dict)
     records: list[RoundRecord] = field(default_factory=list)  # of rounds 0 to `server_round`
 
 
 class Checkpoints:
-    """Write a checkpoint to `directory` after every round, and find the one to resume.
+    """Write a checkpoint to `directory` after every round, and find the one to resume from.
 
     The last `keep` checkpoints and the best checkpoint stay. Only one process at a time can write
     into a directory.
@@ -68,8 +68,9 @@ class Checkpoints:
         highest_is_best: True if the checkpoint with the highest value should stay instead.
         resume: True continues after the newest checkpoint in `directory`. A path to a checkpoint
             continues after this checkpoint. A path to another directory continues after the newest
-            checkpoint in that directory. If there is no checkpoint yet, the run starts at round 1.
-            False starts a new run, and a `directory` that already holds checkpoints is an error.
+            checkpoint in that directory. If the directory holds no checkpoint yet, the run starts
+            at round 1. False starts a new run. It is then an error if `directory` already holds
+            checkpoints.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Checkpoints:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the directory, and keep all other runs out of it until the end.
+        """Make the directory, and keep all other runs out of it until the context ends.
 
         Raises:
             CheckpointError: another run uses the directory.
@@ -142,7 +143,8 @@ class Checkpoints:
             )
         checkpoint = read_checkpoint(path)
         _require_same_model(checkpoint, initial_arrays)
-        # Each attempt has its own id, because an attempt that ends early leaves no checkpoint.
+        # An attempt may end before it writes a checkpoint. The next attempt then resumes after the
+        # same round. Only the id tells the files of the two attempts apart on the clients.
         checkpoint.attempts.append(f"{checkpoint.server_round}:{uuid4().hex}")
         return checkpoint
 
@@ -189,7 +191,8 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint atomically. It replaces an earlier checkpoint of the same round.
 
     Raises:
-        TypeError: a state cannot be saved. The text gives its path.
+        TypeError: a state holds a value that cannot be saved. The message says where in the state
+            the value is.
         OSError: the checkpoint cannot be written. The earlier checkpoints stay.
     """
     names = list(checkpoint.arrays)
@@ -237,7 +240,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise
     except (FileNotFoundError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is damaged: {error}; the run can resume from another checkpoint into another "
+            f"{path} is damaged: {error}; resume from another checkpoint, and write into another "
             "directory"
         ) from error
 
@@ -282,7 +285,9 @@ def set_random_states(states: dict[str, Any]) -> None:
             torch.cuda.set_rng_state_all(states["cuda"])
         else:
             count = len(states["cuda"])
-            logger.warning("the checkpoint has random states of %d GPUs, which are unused", count)
+            logger.warning(
+                "the random states of %d GPUs are not loaded: the number of GPUs differs", count
+            )
 
 
 def _is_checkpoint_or_holds_one(path: Path) -> bool:

@@ -21,12 +21,13 @@ class Compression:
     Uplink: a reply is a delta to the model that the client received. The client adds the loss from
     encoding this delta to its next reply (error feedback).
 
-    Downlink: the decoded model on the clients differs a little from the server's model, because
-    encoding loses something. The server keeps a copy of the decoded model. The next message is a
-    delta from this copy to the server's new model, so it also corrects the last loss. A client that
-    does not hold the decoded model gets the whole copy. Such a client is new, was left out of the
-    last round, or has restarted. A client that already holds the newest decoded model gets no
-    arrays.
+    Downlink: encoding loses something, so the model that clients decode differs a little from the
+    server's model. The server keeps a copy of this decoded model. The next message is a delta from
+    the copy to the server's new model, so it also corrects the last loss. A client that holds the
+    previous decoded model gets this delta. A client that already holds the new decoded model gets
+    no arrays. Any other client gets the whole new decoded model. Such a client is new, did not take
+    part in the last round, or failed to answer the last message, for example because it restarted
+    and lost its state.
 
     Args:
         uplink: codec for the replies, a name from `flower_adapter.arrays.codecs`. "fp32" is exact.
@@ -53,10 +54,8 @@ class Compression:
         self._exact = ArrayRecord()  # the server's model
         self._copy = ArrayRecord()  # the decoded model on the clients
         self._version = ""  # version of the copy
-        self._delta: tuple[str, ArrayRecord] = (
-            "",
-            ArrayRecord(),
-        )  # the version that the delta starts from, and the arrays of the delta
+        self._previous = ""  # version of the copy before this one
+        self._delta = ArrayRecord()  # from the previous copy to this copy
         self._holders: dict[int, str] = {}  # by node id: the version that the client holds
         self._without_mod: set[int] = set()
 
@@ -64,19 +63,18 @@ class Compression:
         """Return the arrays to send to a node, and the header that describes them.
 
         Raises:
-            CodecError: the model has changed by NaN or Inf.
+            CodecError: the model has changed by NaN, Inf or values too large for the codec.
         """
         self._follow(arrays)
-        # Only a reply shows that a client holds the model. Until it replies, the client may have
-        # lost the model.
+        # Only a reply shows which version a client holds. The server therefore forgets the client's
+        # version here, and `note_answer` stores it again when the client replies.
         version = self._holders.pop(node, None)
-        base, delta = self._delta
         if not self._version:
             start, payload = "", arrays
         elif version == self._version:
             start, payload = version, ArrayRecord()
-        elif version and version == base:
-            start, payload = version, delta
+        elif version and version == self._previous:
+            start, payload = version, self._delta
         else:
             start, payload = "", self._copy
         header = CompressionHeader(self.downlink, self.uplink, start, self._version)
@@ -117,5 +115,5 @@ class Compression:
             self._copy, self._version = arrays, ""
             return
         encoded = encode(arrays, self._copy, self.downlink)
-        self._delta = (self._version, encoded.arrays)
+        self._previous, self._delta = self._version, encoded.arrays
         self._copy, self._version = encoded.decoded, uuid4().hex

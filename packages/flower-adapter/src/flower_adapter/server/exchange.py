@@ -26,7 +26,7 @@ logger = logging.getLogger("flwr")
 
 @dataclass
 class GoodReply:
-    """A reply that counts, and the record of its client in this round."""
+    """A reply that counts, and the record of its client in this phase."""
 
     kept: KeptReply
     client: ClientRecord
@@ -51,14 +51,14 @@ class Exchange:
         record: RoundRecord,
         store: ReplyStore,
     ) -> list[GoodReply]:
-        """Send the messages, and return the good replies in the order of their labels.
+        """Send the messages, and return the good replies in the order of the clients' labels.
 
         Args:
             phase: "train" or "evaluate".
             messages: the strategy's messages, one for each client.
             arrays: the global arrays, which the messages carry.
-            record: the round's record. This method adds the bytes, and the clients that were left
-                out with their reasons.
+            record: the round's record. This method adds to it the bytes sent and received, and each
+                client that was left out, with the reason.
             store: keeps the arrays of the replies.
         """
         messages = self._compressed(messages)
@@ -67,7 +67,7 @@ class Exchange:
         started = time.monotonic()
         replies: list[GoodReply] = []
         labels: dict[int, str | None] = {}
-        faults = dict.fromkeys(sent, NO_REPLY)  # by node, for nodes without a good reply
+        faults = dict.fromkeys(sent, NO_REPLY)  # by node id: why the node has no good reply
         for reply in receive(self.grid, messages, self.timeout):
             seconds = time.monotonic() - started
             node = reply.metadata.src_node_id
@@ -121,7 +121,7 @@ class Exchange:
                     "the strategy sends different models; compression needs one model for all"
                 )
             payload, header = self.compression.encode(arrays, message.metadata.dst_node_id)
-            # The content is new, because strategies give the same content to all messages.
+            # Strategies give the same content to all messages, so each message gets a new content.
             message.content = RecordDict(
                 {**message.content, key: payload, protocol.COMPRESSION: header}
             )
@@ -149,7 +149,7 @@ class Exchange:
         )
 
     def _judge(self, phase: str, replies: list[GoodReply], record: RoundRecord) -> list[GoodReply]:
-        """Leave out the outliers, and return the other replies in the order of their labels."""
+        """Leave out the outliers, and return the other replies in the order of the labels."""
         ordered = sorted(replies, key=lambda reply: self.nodes.order(reply.client.node))
         if self.guard is None:
             return ordered

@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 from flower_adapter.arrays import npy
 
-FEWEST_OTHERS = 2  # a norm is compared with at least this many others
+FEWEST_OTHERS = 2  # how many other norms above 0 a comparison needs
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,17 @@ class Guard:
     - its arrays hold NaN or Inf,
     - its weight (the strategy's `weighted_by_key`, else "num-examples") is not a positive number,
     - another metric is not finite,
-    - its update is longer than `max_norm_ratio` times the median of the other updates.
+    - the L2 norm of its update is above `max_norm_ratio` times the median of the others' norms.
 
     The last rule needs at least three replies: two replies cannot show which one is wrong. Updates
-    of length 0 are not counted in the median. An evaluate reply holds no arrays, so only the rules
+    of norm 0 are not counted in the median. An evaluate reply holds no arrays, so only the rules
     for errors and metrics apply.
 
     Args:
-        min_replies: how many good replies a round needs, at least 1. A round with fewer good
-            replies has failed, and the global arrays stay as they were.
+        min_replies: how many good replies a phase (training or evaluation) needs, at least 1. A
+            phase with fewer good replies has failed, and the global arrays stay as they were.
         max_failed_rounds: how many failed rounds in a row end the run, at least 1.
-        max_norm_ratio: the ratio in the last rule, above 1. None allows updates of any length.
+        max_norm_ratio: the ratio in the last rule, above 1. None switches the last rule off.
     """
 
     min_replies: int = 1
@@ -56,13 +56,14 @@ class Guard:
         Args:
             reply: the decoded content of the reply.
             weight_key: the metric that weights the reply.
-            sent: the arrays that the client received. It is None for an evaluate reply, and the
-                method then returns 0.
+            sent: the global arrays that were sent to the client, or None for an evaluate reply.
+                With None the method returns 0.
 
         Raises:
-            ValueError: the reply cannot be used. The text says why.
+            ValueError: the reply cannot be used. The message says why.
         """
-        # Flower's typed views of a content keep its arrays in memory until the next collection.
+        # This code does not use Flower's typed views, such as `reply.array_records`. A view keeps
+        # the arrays in memory until the next garbage collection.
         metrics = [record for record in reply.values() if isinstance(record, MetricRecord)]
         arrays = [record for record in reply.values() if isinstance(record, ArrayRecord)]
         if len(metrics) != 1:
@@ -75,7 +76,8 @@ class Guard:
         _check_arrays(arrays[0], sent)
         norm = update_norm(arrays[0], sent)
         if not math.isfinite(norm):
-            raise ValueError(not_finite(arrays[0]))
+            reason = not_finite(arrays[0])
+            raise ValueError(reason or f"its update has norm {norm}, should be finite")
         return norm
 
     def outliers(self, norms: Sequence[float]) -> dict[int, str]:
@@ -100,14 +102,14 @@ class Guard:
         return reasons
 
     def shortage(self, good: int, asked: int) -> str | None:
-        """Return the reason if `good` of `asked` replies are too few, else None."""
+        """Return the reason if `good` replies from `asked` clients are too few, else None."""
         if asked and good < self.min_replies:
             return f"{good} good of {asked} replies, needs {self.min_replies}"
         return None
 
 
 def not_finite(arrays: ArrayRecord) -> str:
-    """Return a text with the arrays that hold NaN or Inf. Without such arrays it is empty."""
+    """Return a text that names the arrays with NaN or Inf, or "" if there are none."""
     faults = []
     for name, array in arrays.items():
         values = npy.from_array(array)
@@ -119,19 +121,22 @@ def not_finite(arrays: ArrayRecord) -> str:
 
 
 def update_norm(arrays: ArrayRecord, sent: ArrayRecord) -> float:
-    """Return the L2 norm of `arrays` - `sent` over all floats. It shows NaN and Inf."""
+    """Return the L2 norm of `arrays` - `sent` over all float and complex arrays.
+
+    If `arrays` hold NaN or Inf, the norm is NaN or Inf.
+    """
     total = 0.0
     for name, array in arrays.items():
         values = npy.from_array(array)
         if values.dtype.kind not in "fc":
             continue
-        change = npy.tensor_view(values) - npy.array_view(sent[name])
-        norm = float(torch.linalg.vector_norm(change))
-        if math.isinf(norm):  # the square of a finite value can overflow
-            wide = torch.complex128 if change.is_complex() else torch.float64
-            norm = float(torch.linalg.vector_norm(change.to(wide)))
-        total += norm * norm
-    return math.sqrt(total)
+        now, before = npy.tensor_view(values), npy.array_view(sent[name])
+        norm = float(torch.linalg.vector_norm(now - before))
+        if math.isinf(norm):  # a difference or a square of finite values can overflow
+            wide = torch.complex128 if now.is_complex() else torch.float64
+            norm = float(torch.linalg.vector_norm(now.to(wide) - before.to(wide)))
+        total = math.hypot(total, norm)
+    return total
 
 
 def _check_metrics(metrics: MetricRecord, weight_key: str) -> None:
@@ -149,7 +154,7 @@ def _check_arrays(arrays: ArrayRecord, sent: ArrayRecord) -> None:
     faults = [f"{name} is missing" for name in sent if name not in arrays]
     for name, array in arrays.items():
         if name not in sent:
-            faults.append(f"{name} was not sent")
+            faults.append(f"{name} should not be there")
         elif fault := _array_fault(array, sent[name]):
             faults.append(f"{name} {fault}")
     if faults:

@@ -44,7 +44,7 @@ class Nodes:
         return label is None, label or "", node
 
     def learn(self, labels: Mapping[int, str | None]) -> None:
-        """Store the labels from the replies of a phase. Warn if the order depends on node ids."""
+        """Store the labels from replies. With a seed, warn of missing and of equal labels."""
         self._labels.update({node: label for node, label in labels.items() if label is not None})
         if self._seed is not None and len(labels) > 1:
             _warn_of_missing_labels(labels)
@@ -52,10 +52,10 @@ class Nodes:
     def choose(self, configure: Configure, name: str) -> list[Message]:
         """Let the strategy choose nodes, and return its messages.
 
-        With a seed, the seed and `name` set Python's global random generator during the choice. Its
-        state is restored afterwards. If the strategy does not choose all nodes, their labels must
-        be known. Each node with an unknown label is then asked once, and the strategy chooses
-        again.
+        With a seed, the seed and `name` set Python's global random generator during the choice. The
+        generator's state is restored afterwards. If the strategy leaves out some nodes, the choice
+        depends on the labels of all nodes. Each node that has never sent a label is then asked once
+        for it, and the strategy chooses again.
         """
         if self._seed is None:
             return list(configure(self._grid))
@@ -79,8 +79,10 @@ class Nodes:
     def _ask(self, nodes: list[int]) -> None:
         queries = [Message(RecordDict(), node, protocol.LABEL_QUERY) for node in nodes]
         self._labels.update(dict.fromkeys(nodes))
-        replies = receive(self._grid, queries, LABEL_TIMEOUT)
-        self.learn({reply.metadata.src_node_id: protocol.label_of(reply) for reply in replies})
+        answers: dict[int, str | None] = dict.fromkeys(nodes)
+        for reply in receive(self._grid, queries, LABEL_TIMEOUT):
+            answers[reply.metadata.src_node_id] = protocol.label_of(reply)
+        self.learn(answers)
 
 
 def _warn_of_missing_labels(labels: Mapping[int, str | None]) -> None:
@@ -89,7 +91,9 @@ def _warn_of_missing_labels(labels: Mapping[int, str | None]) -> None:
         logger.warning("no label from nodes %s: their order is not reproducible", unlabelled)
     for label, count in Counter(labels.values()).items():
         if label is not None and count > 1:
-            logger.warning("%d nodes share the label %r: not reproducible", count, label)
+            logger.warning(
+                "%d nodes share the label %r: their order is not reproducible", count, label
+            )
 
 
 class _SortedGrid:

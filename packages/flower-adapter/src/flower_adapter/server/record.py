@@ -1,4 +1,4 @@
-"""This module defines the record of a round, which holds all that a display needs."""
+"""This module defines the record of a round: metrics, clients, failures, sizes and times."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,7 +11,7 @@ Metrics = dict[str, Any]  # numbers, or lists of numbers, by name
 
 @dataclass
 class ClientRecord:
-    """What one client did in one phase of a round."""
+    """The record of one client in one phase of a round."""
 
     node: int
     label: str | None
@@ -41,15 +41,15 @@ class RoundRecord:
     """
 
     server_round: int
-    train_metrics: Metrics | None = None  # the clients', aggregated by the strategy
-    evaluate_metrics: Metrics | None = None  # the clients', aggregated by the strategy
+    train_metrics: Metrics | None = None  # from the clients, aggregated by the strategy
+    evaluate_metrics: Metrics | None = None  # from the clients, aggregated by the strategy
     server_metrics: Metrics | None = None  # from the server's evaluation
-    train_clients: list[ClientRecord] = field(default_factory=list)  # whose updates were averaged
+    train_clients: list[ClientRecord] = field(default_factory=list)  # given to the strategy
     evaluate_clients: list[ClientRecord] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)  # a sentence for each phase that failed
     bytes_sent: int = 0  # size of all arrays to clients
-    bytes_received: int = 0  # size of all arrays from clients, with left-out replies
+    bytes_received: int = 0  # size of all arrays from clients, including left-out replies
     seconds: dict[str, float] = field(default_factory=dict)  # by part of the round
     arrays: ArrayRecord | None = None  # the global arrays after the round, see `run_rounds`
 

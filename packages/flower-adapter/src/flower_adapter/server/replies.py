@@ -22,8 +22,8 @@ def receive(grid: Grid, messages: Iterable[Message], timeout: float | None) -> I
     deadline = float("inf") if timeout is None else time.monotonic() + timeout
     wait = SHORTEST_WAIT
     while pending:
-        # The time is read before the replies. A slow caller therefore still gets every reply that
-        # arrived in time.
+        # The time is read before the replies are pulled. A slow caller therefore still gets every
+        # reply that arrived in time.
         is_late = time.monotonic() >= deadline
         found = False
         for message_id in list(pending):
@@ -77,7 +77,8 @@ class ReplyStore:
         """Move the arrays of a reply into the store."""
         records = {k: r for k, r in reply.content.items() if isinstance(r, ArrayRecord)}
         arrays = {key: self._store(record) for key, record in records.items()}
-        # The content is new, because Flower's typed views can keep the old arrays in memory.
+        # The reply gets a new content without arrays, because Flower's typed views can keep the old
+        # content in memory.
         rest = {key: record for key, record in reply.content.items() if key not in records}
         reply.content = RecordDict(rest)
         return KeptReply(reply, arrays)

@@ -37,7 +37,7 @@ from flower_adapter.server.streaming import StreamingFedAvg
 
 DEFAULT_GUARD = Guard()
 
-# Flower's own logger, so that these lines appear among the strategy's.
+# Flower's own logger, so that the lines of this module appear among the strategy's lines.
 logger = logging.getLogger("flwr")
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -67,17 +67,18 @@ def run_rounds(
     A round takes these steps. The strategy chooses clients. The messages are sent, and each reply
     is checked when it arrives and kept encoded. When all replies have arrived, or the timeout has
     passed, the replies are compared with each other. The strategy aggregates the good replies in
-    the order of their labels, and the outer optimizer takes its step. The clients evaluate the new
-    arrays, and then the server evaluates them. The checkpoint is written, and `on_round` is called.
+    the order of the clients' labels, and the outer optimizer takes its step. The clients evaluate
+    the new arrays, and then the server evaluates them. The checkpoint is written, and `on_round`
+    is called.
 
-    With a guard, a phase fails if there are too few good replies. The strategy then sees no reply,
-    and the global arrays stay as they were. They also stay as they were if the new global arrays
-    would hold NaN or Inf.
+    With a guard, a phase (training or evaluation) fails if there are too few good replies. The
+    strategy then sees no reply. Training also fails if the new global arrays would hold NaN or Inf.
+    When a phase fails, the global arrays stay as they were.
 
     Args:
         grid: Flower's grid.
-        strategy: any strategy of Flower or a subclass. Checkpoints need to know its state, see
-            `flower_adapter.server.strategy_state`.
+        strategy: any strategy of Flower, or a subclass. With checkpoints, a subclass needs the
+            methods `state_dict` and `load_state_dict`, see `flower_adapter.server.strategy_state`.
         arrays: the initial global arrays. In a resumed run only their names, shapes and dtypes are
             used, to check that the model is the same.
         num_rounds: number of rounds, including those before a resume.
@@ -86,9 +87,10 @@ def run_rounds(
             the same seed and the same connected clients sample the same clients. With None the
             choice is random.
         guard: decides which replies count. With a guard, integer and bool arrays reach the strategy
-            as float64, because some Flower strategies cannot average integers. The aggregate then
-            gets the dtypes of the global arrays. With None the strategy gets all replies without
-            an error, and their arrays are not checked. Strategies for XGBoost need None.
+            as float64, because some Flower strategies cannot average integers. The aggregate is
+            then converted back to the dtypes of the global arrays. With None the strategy gets
+            every reply that carries no error and can be decoded, without further checks. Strategies
+            for XGBoost need None.
         compression: codecs for the arrays. None sends arrays without compression.
         outer: the outer optimizer. With None the strategy's aggregate becomes the global arrays.
         checkpoints: where and how to write checkpoints, and whether to resume. With None no
@@ -104,10 +106,14 @@ def run_rounds(
             in a temporary file until they are aggregated.
 
     Raises:
-        CheckpointError: the checkpoints do not allow this run, see `Checkpoints`.
-        CodecError: the global arrays changed by NaN or Inf, or the strategy sends different models
-            to different clients. Compression needs one model for all clients.
-        RoundFailed: `guard.max_failed_rounds` rounds in a row, or all rounds, have failed.
+        CheckpointError: another run uses the directory of the checkpoints, this run would overwrite
+            checkpoints, or the checkpoint to resume from is damaged or does not fit this run.
+        CodecError: with `compression`, the global arrays have changed by NaN, Inf or values too
+            large for the codec, or the strategy sends different models to different clients.
+            Compression needs one model for all clients.
+        FileNotFoundError: the path to resume from does not exist.
+        RoundFailed: a phase has failed in `guard.max_failed_rounds` rounds in a row, or in all
+            rounds.
         TypeError: `strategy` is not a Flower strategy, or checkpoints cannot save its state.
     """
     if not isinstance(strategy, Strategy):
@@ -165,7 +171,7 @@ def run_rounds(
 
 @dataclass
 class _Federation:
-    """The parts of a run. The methods run one phase with them."""
+    """The parts of a run, with one method for each phase of a round."""
 
     strategy: Strategy
     nodes: Nodes
@@ -220,7 +226,7 @@ class _Federation:
         saved, here = checkpoint.states.keys() - {"strategy"}, self._stateful().keys()
         if changed := sorted(saved ^ here):
             then, now = ("with", "without") if changed[0] in saved else ("without", "with")
-            raise CheckpointError(f"the run was {then} {changed[0]}, this is {now}")
+            raise CheckpointError(f"the saved run was {then} {changed[0]}, this run is {now}")
         try:
             load_strategy_state(self.strategy, checkpoint.states["strategy"])
         except ValueError as error:
@@ -268,7 +274,7 @@ class _Federation:
     def _next_arrays(
         self, arrays: ArrayRecord, aggregate: ArrayRecord | None
     ) -> tuple[ArrayRecord, str]:
-        """Return the arrays after the outer step, and a text with their faults."""
+        """Return the next global arrays, and the reason if they are unusable, else ""."""
         if aggregate is None:
             return arrays, ""
         if self.guard is not None:
@@ -281,20 +287,22 @@ class _Federation:
         return moved, "" if self.guard is None else not_finite(moved)
 
     def _fail(self, phase: str, reason: str, state: Checkpoint, record: RoundRecord) -> None:
-        """Count a failed phase. Raise `RoundFailed` if too many phases in a row have failed."""
+        """Count a failed phase. Raise `RoundFailed` if it failed in too many rounds in a row."""
         assert self.guard is not None
         record.failures.append(f"{phase}: {reason}")
         in_a_row = state.failed_rounds.get(phase, 0) + 1
         state.failed_rounds[phase] = in_a_row
         left_out = [client for client in record.left_out if client.phase == phase]
         failure = RoundFailed(phase, record.server_round, reason, left_out)
-        if in_a_row >= min(self.guard.max_failed_rounds, self.num_rounds):
+        limit = min(self.guard.max_failed_rounds, self.num_rounds)
+        if in_a_row >= limit:
             raise failure
         logger.warning(
-            "%s; the global arrays stay as they were (%d of at most %d failed rounds in a row)",
+            "%s; %s (the run fails after %d such rounds in a row, this is number %d)",
             failure,
+            "the global arrays stay as they were" if phase == TRAIN else "it has no evaluation",
+            limit,
             in_a_row,
-            self.guard.max_failed_rounds - 1,
         )
 
 

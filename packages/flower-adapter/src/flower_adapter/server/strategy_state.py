@@ -34,7 +34,7 @@ STATE_ATTRIBUTES: dict[type, tuple[str, ...]] = {
 
 
 def with_inner(strategy: object) -> Iterator[object]:
-    """Yield a strategy and the strategies inside it. Flower's privacy wrappers hold one."""
+    """Yield a strategy and each strategy inside it, such as the one in a privacy wrapper."""
     inner: object = strategy
     while inner is not None:
         yield inner
@@ -42,7 +42,11 @@ def with_inner(strategy: object) -> Iterator[object]:
 
 
 def weight_key(strategy: object) -> str:
-    """Return the name of the metric that the innermost strategy uses as a reply's weight."""
+    """Return the name of the metric that the strategy uses as a reply's weight.
+
+    It is the `weighted_by_key` of the outermost strategy that has this attribute. If no strategy
+    has it, the name is "num-examples".
+    """
     for inner in with_inner(strategy):
         key = getattr(inner, "weighted_by_key", None)
         if isinstance(key, str):
@@ -54,7 +58,8 @@ def strategy_state(strategy: object) -> list[list[Any]]:
     """Return the class name and state of a strategy and of each strategy inside it.
 
     Raises:
-        TypeError: a strategy does not come from Flower and has no `state_dict`.
+        TypeError: a strategy does not come from Flower and lacks `state_dict` or
+            `load_state_dict`, or it has an accountant, whose state cannot be saved.
     """
     return [[type(inner).__name__, _state(inner)] for inner in with_inner(strategy)]
 
@@ -68,7 +73,9 @@ def load_strategy_state(strategy: object, state: list[list[Any]]) -> None:
     saved = [name for name, _ in state]
     here = [type(inner).__name__ for inner in with_inner(strategy)]
     if saved != here:
-        raise ValueError(f"the run had the strategy {_nested(saved)}, this is {_nested(here)}")
+        raise ValueError(
+            f"the saved run had the strategy {_nested(saved)}, this run has {_nested(here)}"
+        )
     for inner, (_, values) in zip(with_inner(strategy), state, strict=True):
         if _keeps_own_state(inner):
             inner.load_state_dict(values)  # type: ignore[attr-defined]

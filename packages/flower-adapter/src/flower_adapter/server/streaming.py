@@ -24,7 +24,7 @@ class StreamingFedAvg(FedAvg):
 
         Raises:
             ValueError: a reply has other names, shapes or dtypes than the first reply, or a weight
-                that is not positive. The text names the node.
+                that is not positive. The message names the node.
         """
         average = Average()
         contents: list[RecordDict] = []
