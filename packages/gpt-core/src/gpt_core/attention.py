@@ -3,8 +3,9 @@
 PyTorch's flash attention for CPUs is much slower than PyTorch's matrix products. This module cuts
 the queries into blocks. It multiplies each block of queries only with the keys up to the end of
 that block. It therefore computes little more than the causal half of the attention matrix. The
-forward pass stores the attention weights, and the backward pass reuses them. The weights take about
-2 B n_head T^2 bytes in fp32, so long sequences use the flash kernel instead.
+forward pass stores the attention weights, and the backward pass reuses them. In each layer, they
+take about 2 B n_head T^2 bytes in fp32. Sequences of more than 512 tokens therefore use PyTorch's
+flash attention instead.
 """
 
 import math
@@ -46,9 +47,9 @@ class _BlockedCausalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if (
-            torch.is_grad_enabled()
-        ):  # with create_graph, autograd would treat the result as a constant
+        # Grad mode is on here only with create_graph=True. Autograd would then treat the
+        # saved tensors as constants, and a second derivative would be wrong.
+        if torch.is_grad_enabled():
             raise RuntimeError("blocked attention has no second derivative")
         heads, *weights = ctx.saved_tensors
         B, T, n_head, D = ctx.shape
@@ -57,8 +58,9 @@ class _BlockedCausalAttention(torch.autograd.Function):
         grad = grad.view(B, T, n_head, D).transpose(1, 2).reshape(B * n_head, T, D)
         out = grad.new_empty(B, T, 3, n_head, D)
         dq, dk, dv = out.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, D)
-        # Each block of keys has a contiguous pair of sums: the gradients of its keys and values.
-        # The queries of the same block create the pair, and all later queries add to the pair.
+        # For each block of keys, `sums` holds two contiguous tensors: the gradients of its keys and
+        # of its values. The block of queries at the same positions creates both tensors. Each later
+        # block of queries adds its part to them.
         sums: list[tuple[Tensor, Tensor]] = []
         for (start, end), p in zip(_blocks(T), weights, strict=True):
             g, queries = grad[:, start:end], q[:, start:end]
@@ -91,10 +93,10 @@ def blocked_causal_attention(qkv: Tensor, n_head: int) -> Tensor:
 
 
 def blocked_is_faster(qkv: Tensor) -> bool:
-    """Return whether to use `blocked_causal_attention` for `qkv`, (B, T, 3 C).
+    """Return whether `blocked_causal_attention` should be used for `qkv`, (B, T, 3 C).
 
-    It is faster than PyTorch's attention for training on a CPU in fp32 or float64, with 2 to 512
-    tokens.
+    `blocked_causal_attention` is faster than PyTorch's attention for training on a CPU in fp32 or
+    float64, with 2 to 512 tokens. It is never used under torch.compile or torch.func.
     """
     return (
         qkv.device.type == "cpu"
@@ -102,6 +104,6 @@ def blocked_is_faster(qkv: Tensor) -> bool:
         and qkv.requires_grad
         and 1 < qkv.size(1) <= MAX_LENGTH
         and not torch.compiler.is_compiling()
-        # torch.func transforms do not accept this form of autograd function
+        # torch.func transforms do not accept an autograd function without `setup_context`
         and not torch._C._are_functorch_transforms_active()
     )

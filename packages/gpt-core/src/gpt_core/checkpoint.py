@@ -1,6 +1,7 @@
 """Save and load a model as `config.json` and `model.safetensors`."""
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,15 +24,17 @@ EMBEDDING = "transformer.wte.weight"
 class CheckpointError(ValueError):
     """An error for a model that cannot be loaded, saved or converted.
 
-    The message names the file or the model. It also names each key or tensor that is wrong.
+    The message names the file, the model or the configuration. It also names the settings or
+    tensors that are wrong.
     """
 
 
 def save_pretrained(model: GPT, directory: str | Path) -> None:
     """Save the model as `config.json` and `model.safetensors`.
 
-    Both files are written to a temporary directory and moved when they are complete. A failed save
-    therefore leaves an older model in the directory intact, unless the second move fails.
+    Both files are written to a temporary directory. When both are on the disk, they are moved to
+    `directory`, one after the other. A failed save therefore leaves an older model in `directory`
+    intact, unless the second move fails.
 
     Args:
         model: the model. If it is compiled, the original model inside the wrapper is saved.
@@ -54,6 +57,8 @@ def save_pretrained(model: GPT, directory: str | Path) -> None:
             # safetensors makes the file readable by the owner only; set the usual mode instead
             weights.chmod(config.stat().st_mode)
             for written in (weights, config):
+                with written.open("r+b") as file:
+                    os.fsync(file.fileno())
                 written.replace(directory / written.name)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
@@ -68,7 +73,8 @@ def from_pretrained(directory: str | Path) -> GPT:
 
     Raises:
         CheckpointError: if a file is missing or unreadable, if a setting is unknown or out of
-            range, or if the name, shape or dtype of a tensor does not match the configuration.
+            range, if a tensor is missing, is unknown or has the wrong shape, or if the tensors do
+            not all have the same dtype (fp32, float64, bf16 or fp16).
     """
     directory = Path(directory)
     config = _read_config(directory / CONFIG_FILE)
@@ -144,7 +150,7 @@ def mismatches(config: GPTConfig, tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def assemble(config: GPTConfig, tensors: Mapping[str, Tensor]) -> GPT:
-    """Build a model in evaluation mode from matching tensors, without copying the tensors."""
+    """Build a model in evaluation mode from tensors that fit `config`, without copying them."""
     model = _empty(config)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.lm_head.weight = model.transformer.wte.weight

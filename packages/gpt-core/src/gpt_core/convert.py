@@ -62,7 +62,8 @@ _LOAD_ERRORS = (
 class HFGPT2(NamedTuple):
     """A state dict and a configuration for a `GPT2LMHeadModel`.
 
-    Build the model with `GPT2LMHeadModel(GPT2Config(**config))`. It can load the state dict.
+    Build the model with `GPT2LMHeadModel(GPT2Config(**config))`, and then load the state dict into
+    the model.
     """
 
     state_dict: dict[str, Tensor]
@@ -79,9 +80,9 @@ def from_hf_gpt2(
             the prefix `transformer.`, but need not. Files on the Hugging Face hub have no prefix.
         config: the `GPT2Config`, or the content of `config.json` as a dictionary. It is required
             if `source` is a state dict, because a state dict does not contain the number of heads.
-        dropout: dropout rate to use instead of the rate in the configuration. It is required if
-            `resid_pdrop` and `embd_pdrop` have different values, because `GPT` has only one
-            setting for these two rates.
+        dropout: dropout rate to use instead of the configuration's `resid_pdrop` and `embd_pdrop`.
+            It is required if these two rates have different values, because `GPT` has only one
+            setting for both.
 
     Returns:
         A model in evaluation mode, with copies of the weights in the dtype of the source.
@@ -212,8 +213,9 @@ def from_nanogpt_checkpoint(path: str | Path) -> GPT:
 def to_nanogpt_checkpoint(model: GPT, path: str | Path) -> None:
     """Save the model as a checkpoint that nanoGPT's `sample.py` can read.
 
-    The file is written to a temporary directory and moved when it is complete. nanoGPT has only one
-    dropout rate. The file contains the model's `dropout`, but not its `attention_dropout`.
+    The file is written to a temporary directory and moved to `path` when it is complete. nanoGPT
+    has only one dropout rate. The file therefore contains the model's `dropout`, but not its
+    `attention_dropout`.
 
     Args:
         model: the model. If it is compiled, the original model inside the wrapper is saved.

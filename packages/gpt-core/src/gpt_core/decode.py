@@ -15,7 +15,10 @@ Layer = Callable[[Tensor], Tensor]  # (rows, channels) to (rows, channels)
 
 
 def _as_function(module: nn.Module, rows: int) -> Layer:
-    """Return a function with the same result as the module, but without its call overhead."""
+    """Return a function that computes the module's result without the overhead of a module call.
+
+    If there is no such function for this module, return the module itself.
+    """
     if type(module) is nn.Linear:
         return partial(F.linear, weight=module.weight, bias=module.bias)
     if type(module) is nn.LayerNorm:
@@ -52,10 +55,12 @@ class _BlockFunctions:
 class Decoder:
     """A fast forward pass for one new token per row, with a key-value cache.
 
-    The rows of the cache may have different lengths. The decoder computes the same logits as
-    `GPT.forward` with the same cache. For a single token, a small model spends most of its time on
-    module calls and views. The decoder therefore prepares functions once, and it makes views only
-    once per token.
+    The rows of the cache may have different lengths. If all rows have equal length, the decoder
+    computes the same logits as `GPT.forward` with the same cache, in evaluation mode.
+
+    For a single token, a small model spends most of its time on module calls and views. The decoder
+    therefore prepares a function for each layer when it is created. It makes the views of the cache
+    once per token, not once per layer.
 
     Args:
         model: the model, which must not be compiled. Its layers are looked up only once, when the

@@ -1,6 +1,6 @@
 """Generate text with a key-value cache.
 
-`GPT.generate` is a simple version of `generate`. For each new token, it recomputes all positions.
+`GPT.generate` is a simple version without a cache. It recomputes all positions for each new token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,10 @@ Stop = int | str | Sequence[int]
 
 @dataclass(frozen=True)
 class _Sampler:
-    """A sampler that draws one token per row. It applies its filters in the order of its fields."""
+    """A sampler that draws one token per row.
+
+    It applies the temperature first, and then the filters top_k, top_p and min_p in this order.
+    """
 
     temperature: float
     top_k: int
@@ -32,10 +35,10 @@ class _Sampler:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Draw tokens, int64 (B,), from logits (B, vocab_size)."""
-        if self.temperature < torch.finfo(torch.float32).tiny:  # 0, or rounded to 0 in fp32
+        if self.temperature < torch.finfo(torch.float32).tiny:  # 0, or below fp32's normal numbers
             return logits.argmax(-1)
         logits = logits.float()
-        # shift the largest logit to 0, so that a division by a tiny temperature cannot overflow
+        # shift the largest logit to 0, so that a division by a tiny temperature cannot give +inf
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if 0 < self.top_k < logits.size(-1):
             kth_largest = logits.topk(self.top_k).values[:, -1:]
@@ -43,7 +46,8 @@ class _Sampler:
         probabilities = logits.softmax(-1)
         if self.top_p < 1.0:
             ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-            # drop a token if the more likely tokens already reach top_p; never drop the first token
+            # Drop a token if the probabilities of all more likely tokens already sum to top_p.
+            # Never drop the most likely token.
             drop = ordered.cumsum(-1) - ordered >= self.top_p
             drop[:, 0] = False
             probabilities = probabilities.masked_fill(drop.scatter(-1, order, drop), 0.0)
@@ -59,7 +63,7 @@ class _Sampler:
 
 
 class _StopCondition:
-    """A test for whether the tokens written so far end with a stop sequence or stop string."""
+    """The stop sequences and stop strings, with a check of whether a row has reached one."""
 
     def __init__(self, stop: Sequence[Stop], decode: Callable[[list[int]], str] | None) -> None:
         if isinstance(stop, str | int):
@@ -76,7 +80,8 @@ class _StopCondition:
             raise ValueError(f"stop holds the string {self.strings[0]!r}, which needs `decode`")
         self.decode = decode
         # To find every stop string, it is enough to search this many tokens at the end of the text.
-        # A token has at least one byte, and a UTF-8 character has at most four bytes.
+        # A UTF-8 character has at most four bytes, and each token has at least one byte. A string
+        # of n characters therefore spans at most 4 n tokens. One more character is a margin.
         self.tail = max((4 * (len(item) + 1) for item in self.strings), default=0)
 
     def __bool__(self) -> bool:
@@ -116,7 +121,8 @@ class _Rows:
         if len(full) == len(self.lengths):
             return self._refill(full)
         # The decoder adds a token to all rows at once, so each row needs a free position. A full
-        # row therefore drops its newest token before the step. It is refilled after the step.
+        # row therefore drops its newest token from the cache before the step. After the step,
+        # `_refill` computes the cache and the logits of this row again.
         self.cache.truncate([self.block_size - 1] * len(self.lengths))
         logits = self.decoder(self.pending)
         if full:
@@ -182,7 +188,7 @@ def stream(
     """Generate tokens and yield each as soon as it is drawn.
 
     The prompts pass through the model once. After that, each step computes only one new token per
-    row, until `block_size` tokens are full (see `window`).
+    row, until a row has `block_size` tokens in the cache (see `window`).
 
     Args:
         model: the model. It is put into evaluation mode.
@@ -208,11 +214,11 @@ def stream(
 
     Yields:
         int64 (B, 1), which holds one new token for each row, or -1 for a row that has already
-        ended. The stream ends when all rows have ended.
+        ended. The stream ends early if all rows have ended.
 
     Raises:
         ValueError: if a prompt is empty, a token id is not in the vocabulary, or a setting is out
-            of range. The call itself raises the error, before the first token.
+            of range. The call of `stream` raises the error, before a token is requested.
     """
     model = uncompiled(model)
     prompts = _checked(model, prompt)

@@ -41,9 +41,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        if (
-            torch.is_grad_enabled()
-        ):  # with create_graph, autograd would treat the result as a constant
+        # Grad mode is on here only with create_graph=True. Autograd would then treat the
+        # saved tensors as constants, and a second derivative would be wrong.
+        if torch.is_grad_enabled():
             raise RuntimeError("a chunked loss has no second derivative")
         dx, dweight = ctx.saved_tensors
         return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None

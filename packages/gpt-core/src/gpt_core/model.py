@@ -27,7 +27,7 @@ class KVCache:
 
     `keys` and `values` have shape (n_layer, B, n_head, block_size, head_size) and the dtype and
     device of `like`. Row b of the batch holds `lengths[b]` tokens. Entries after the first
-    `lengths[b]` are zero or left over from earlier tokens. Code that reads them must mask them.
+    `lengths[b]` are zero or left over from removed tokens. Code that reads them must mask them.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, *, like: Tensor) -> None:
@@ -336,9 +336,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Sample tokens one by one, and recompute the whole window for each new token.
 
-        This is the simple reference implementation. `gpt_core.generate` draws from the same
-        distribution, but it caches keys and values. Call `eval()` first. Otherwise, dropout is
-        active.
+        This is the simple reference implementation. `gpt_core.generate` with `window="exact"` draws
+        from the same distribution, but it caches keys and values. Call `eval()` first. Otherwise,
+        dropout is active.
 
         Args:
             idx: int64 (B, T) prompts of at least one token.

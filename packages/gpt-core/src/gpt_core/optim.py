@@ -5,9 +5,10 @@
 of AdamW's updates (Liu et al. 2025, arXiv 2502.16982), so that Muon and AdamW can use the same
 learning rate.
 
-`Muon` differs from `torch.optim.Muon` in two ways. First, it iterates in the dtype of the
-parameters on a CPU. The reason is that a CPU without bf16 in hardware emulates bf16 at about a
-fortieth of the speed of fp32. Second, it can treat a fused QKV matrix as three matrices.
+`Muon` differs from `torch.optim.Muon` in two ways. First, on a CPU, its iteration runs in the dtype
+of the parameters. `torch.optim.Muon` always iterates in bf16, and a CPU without bf16 in hardware
+emulates bf16 at about a fortieth of the speed of fp32. Second, it can treat a fused QKV matrix as
+three matrices.
 """
 
 import math
@@ -211,7 +212,7 @@ def learning_rate_at(
     lose its progress one or more times during the first dozens of steps.
 
     Args:
-        step: number of the step, counted from 1. Steps after `total_steps` get the rate `floor`.
+        step: number of the step, counted from 1.
         peak: the highest rate. The warm-up reaches it at step `warmup_steps`.
         warmup_steps: number of steps in the warm-up. 0 means no warm-up.
         schedule: the course of the rate after the warm-up. "constant" stays at `peak`. "linear"
@@ -221,7 +222,7 @@ def learning_rate_at(
         total_steps: number of the last step. "constant" does not need it.
         decay_steps: number of steps over which "warmup-stable-decay" falls. None takes a fifth of
             `total_steps`.
-        floor: the rate at step `total_steps`.
+        floor: the rate at step `total_steps` and at all later steps. "constant" does not use it.
 
     Raises:
         ConfigError: if the schedule is unknown, a value is out of range, or warm-up and decay
@@ -246,9 +247,10 @@ def learning_rate_at(
                 max(1, total_steps // 5) if decay_steps is None else decay_steps
             )
         if not warmup_steps <= decay_start <= total_steps or total_steps < 1:
+            decay = max(0, total_steps - decay_start)
             raise ConfigError(
                 f"total_steps is {total_steps}; it must be at least 1 and have room for "
-                f"{warmup_steps} steps of warm-up and {total_steps - decay_start} steps of decay"
+                f"{warmup_steps} steps of warm-up and {decay} steps of decay"
             )
     if step < warmup_steps:
         return peak * step / warmup_steps

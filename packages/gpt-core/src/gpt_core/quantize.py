@@ -40,7 +40,7 @@ class Int8Linear(nn.Module):
         smallest = torch.finfo(torch.bfloat16).tiny  # avoids 0 / 0 if a channel is all zeros
         scale = (weight.abs().amax(1) / 127).clamp(min=smallest).bfloat16()
         # Divide by the scale that was already rounded to bf16, so that this rounding adds no error.
-        # If the scale was rounded down, the largest weight exceeds 127 and is clamped.
+        # If the scale was rounded down, the largest quotient exceeds 127 and is clamped.
         rounded = (weight / scale.float()[:, None]).round().clamp(-127, 127)
         bias = linear.bias.detach().clone() if linear.bias is not None else None
         self.kernel_rows = KERNEL_ROWS if linear.in_features % KERNEL_CHANNELS == 0 else 0
@@ -74,8 +74,9 @@ class Int8Linear(nn.Module):
 def int8_weights(model: GPT) -> GPT:
     """Copy the model for generation, with int8 weights in the linear layers of its blocks.
 
-    Embeddings, norms and the head keep their dtype, because rounding the head would do the most
-    harm. For at most 16 rows on a CPU, the inputs of the int8 layers are also rounded to bf16.
+    Embeddings, norms and the head keep their dtype. int8 weights in the head would harm the
+    predictions most, and the head shares its weights with the token embedding. For at most 16 rows
+    on a CPU, the inputs of the int8 layers are also rounded to bf16.
 
     Args:
         model: the model to copy. It is not changed.

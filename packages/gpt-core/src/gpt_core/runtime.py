@@ -1,4 +1,4 @@
-"""Choose the device, precision, compilation, slices and number of threads."""
+"""Choose the device, precision, compilation, batch slices and number of threads."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext

@@ -63,7 +63,7 @@ def _slices(batch: Batch, runtime: Runtime) -> list[Batch]:
 
 
 def _backward(model: nn.Module, batch: Batch, runtime: Runtime) -> Tensor:
-    """Add the gradient of the batch's mean loss to the parameters.
+    """Add the gradient of the batch's mean loss to the `grad` of each parameter.
 
     Returns:
         The mean loss of the batch, as a scalar.
@@ -76,7 +76,7 @@ def _backward(model: nn.Module, batch: Batch, runtime: Runtime) -> Tensor:
         return loss.detach()
     counts = [int((y != IGNORED).sum()) for _, y in slices]
     if sum(counts) == 0:
-        return torch.tensor(math.nan)  # the mean of no values is NaN, as for a batch with one slice
+        return torch.tensor(math.nan)  # the mean of no values; a batch of one slice gives NaN too
     total = torch.zeros((), device=runtime.device)
     for (x, y), count in zip(slices, counts, strict=True):
         if count == 0:
