@@ -177,12 +177,12 @@ def test_a_restored_state_continues_the_sequence(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_tokens": 999}, "has num_tokens 999, these have 1000"),
-        ({"batch_size": 5}, "has batch_size 5, these have 4"),
-        ({"block_size": 9}, "has block_size 9, these have 8"),
-        ({"seed": [2]}, r"has seed \[2\], these have \[1\]"),
-        ({"epochs": None}, "has epochs None, these have 1"),
-        ({"version": 2}, "has version 2, these have 1"),
+        ({"num_tokens": 999}, "has num_tokens 999, but these batches have num_tokens 1000"),
+        ({"batch_size": 5}, "has batch_size 5, but these batches have batch_size 4"),
+        ({"block_size": 9}, "has block_size 9, but these batches have block_size 8"),
+        ({"seed": [2]}, r"has seed \[2\], but these batches have seed \[1\]"),
+        ({"epochs": None}, "has epochs None, but these batches have epochs 1"),
+        ({"version": 2}, "has version 2, but these batches have version 1"),
         ({"drawn": -1}, "drawn .* at least 0 and at most 31, it is -1"),
         ({"drawn": 32}, "drawn .* at least 0 and at most 31, it is 32"),
         ({"drawn": "all"}, "drawn .* it is 'all'"),

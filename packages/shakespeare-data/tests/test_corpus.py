@@ -159,6 +159,14 @@ def test_the_files_of_a_directory_are_one_play_each(tmp_path: Path) -> None:
     assert corpus.source == f"2 files of {tmp_path}"
 
 
+def test_two_files_of_one_title_are_refused(tmp_path: Path) -> None:
+    for name in ("hamlet.txt", "hamlet.TXT"):
+        (tmp_path / name).write_text("to be or not", encoding="utf-8")
+    if len(list(tmp_path.iterdir())) == 2:  # else the file system takes them for one file
+        with pytest.raises(DataError, match=r"has hamlet\.TXT and hamlet\.txt; each play"):
+            load_corpus(str(tmp_path))
+
+
 def test_a_bad_file_of_a_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no \*\.txt"):
         load_corpus(str(tmp_path))

@@ -102,7 +102,7 @@ def test_one_of_ten_processes_finds_the_failure_and_all_report_it(
             f"CorpusUnavailable Tiny Shakespeare is not at {tmp_path / 'input.txt'}"
         )
         assert "404 Client Error" in outcome
-    assert sum("s ago, next try after 60 s" in outcome for outcome in found) == 9
+    assert sum("s ago, and the next try is 60 s after" in outcome for outcome in found) == 9
 
 
 def hang(mirror: Any) -> None:
@@ -241,7 +241,7 @@ def test_a_failed_download_is_remembered_for_its_mirrors_only(
 ) -> None:
     with pytest.raises(CorpusUnavailable, match="Connection refused"):
         tiny(tmp_path, closed_url).read()
-    with pytest.raises(CorpusUnavailable, match=r"Connection refused.*found 0 s ago"):
+    with pytest.raises(CorpusUnavailable, match=r"Connection refused.*failed 0 s ago"):
         tiny(tmp_path, closed_url).read()
     mirror.serve(TEXT)
     assert tiny(tmp_path, mirror.url).read()[0] == TEXT

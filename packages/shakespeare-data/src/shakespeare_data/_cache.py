@@ -1,10 +1,10 @@
-"""Keep values that were read from files in a cache while the process runs.
+"""Cache values that were read from files, for as long as the process runs.
 
-A cached value stays valid while the path, size, modification time and inode of each of its files
-stay the same. To check these properties, the cache calls `stat` and opens no file. All callers
+A cached value stays valid while each file from which it was read keeps its path, size, modification
+time and inode. To check these properties, the cache calls `stat` and opens no file. All callers
 receive the same object, so it must be immutable. If a file changes and all four properties stay the
-same, the cache does not notice the change. The functions in this package that write files always
-create a new inode.
+same, the cache does not notice the change. The cache always notices when this package writes a
+file, because the new file has a new inode.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 Value = TypeVar("Value")
 FileState = tuple[str, int, int, int]  # path, size in bytes, mtime in ns, inode
 
-_MAX_VALUES = 16  # the oldest value is dropped, so that memory stays bounded
+_MAX_VALUES = 16  # if there are more, the oldest value is dropped; this limits the memory
 _values: dict[Hashable, tuple[list[FileState], Any]] = {}
 
 
@@ -29,11 +29,11 @@ def cached_read(key: Hashable, paths: Sequence[Path], read: Callable[[], Value])
     except OSError:
         states = []
     if not states:
-        return read()  # `read` reports the missing file in its own words
+        return read()  # `read` raises its own error for the missing file
     cached = _values.get(key)
     if cached is not None and cached[0] == states:
         return cached[1]  # type: ignore[no-any-return]
-    # The states are older than the content. If a file changes during the read, the next call
+    # The states were taken before the read. So if a file changes during the read, the next call
     # sees a different state and reads again.
     value = read()
     _values.pop(key, None)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ON_DISK = np.dtype("<u2")  # nanoGPT's .bin format: ids without a header
 
 _STATE_VERSION = 1
-_RESIDENT_BYTES = 2**28  # the pages of a mapped file are released when they take more memory
+_RESIDENT_BYTES = 2**28  # when the pages of a mapped file take more, they are released
 
 Pair = tuple[NDArray[np.int64], NDArray[np.int64]]
 
@@ -62,7 +62,7 @@ class Batches:
       batches. For example, the seeds `1`, `(1, 0)` and `(1, 0, 0)` are different.
     - `epochs`: the number of passes over the non-overlapping windows. Each pass has its own random
       order. The last batch in a pass may have fewer than `batch_size` rows. Up to `block_size - 1`
-      tokens at the end of the text do not fill a window and are left out. If `epochs` is `None`,
+      tokens at the end of `source` do not fill a window and are left out. If `epochs` is `None`,
       the iterator draws random windows without end.
     - `return_tensors`: `"pt"` gives torch tensors on the CPU. `"np"` gives NumPy arrays, and torch
       is not needed.
@@ -99,7 +99,7 @@ class Batches:
         self._epochs = epochs
         self._torch = _torch() if return_tensors == "pt" else None
         self._drawn = 0  # the number of batches drawn so far
-        self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch, its windows in order
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch, its window order
         self._windows = sliding_window_view(tokens, block_size + 1)  # (N - T, T + 1)
         self._pages = _ResidentPages.of(tokens)
 
@@ -112,7 +112,7 @@ class Batches:
         Raises `TypeError` if the batches are endless.
         """
         if self._epochs is None:
-            raise TypeError("endless batches have no length; give epochs to have one")
+            raise TypeError("endless batches have no length; give epochs to get a length")
         return self._epochs * self._batches_per_epoch
 
     def __next__(self) -> Any:
@@ -163,7 +163,8 @@ class Batches:
         for key in expected.keys() - {"drawn", "rng"}:
             if state[key] != expected[key]:
                 raise DataError(
-                    f"the state of batches has {key} {state[key]!r}, these have {expected[key]!r}"
+                    f"the state of batches has {key} {state[key]!r}, "
+                    f"but these batches have {key} {expected[key]!r}"
                 )
         drawn, end = state["drawn"], None if self._epochs is None else len(self)
         if not isinstance(drawn, int) or drawn < 0 or (end is not None and drawn > end):
@@ -258,7 +259,9 @@ class _ResidentPages:
         Returns `None` if `tokens` is not a large file that is mapped read-only on Linux.
         """
         if sys.platform != "linux" or getattr(tokens, "mode", None) != "r":
-            return None  # other systems lack MADV_DONTNEED; in other modes, changes would be lost
+            # Only Linux has /proc/self/statm, and only its MADV_DONTNEED releases pages at once. In
+            # mode "c" (copy-on-write), released pages would lose the changes of the caller.
+            return None
         base: Any = tokens
         while isinstance(base, np.ndarray):
             base = base.base
@@ -297,8 +300,8 @@ def _check(tokens: NDArray[Any], batch_size: int, block_size: int) -> None:
 
 
 def _rng(seed: Sequence[int], *more: int) -> np.random.Generator:
-    # All numbers after the first number are used as a spawn key. As entropy, (1,), (1, 0) and
-    # (1, 0, 0) would all give the same random numbers.
+    # All numbers after the first number are used as a spawn key. If they were used as entropy, the
+    # seeds (1,), (1, 0) and (1, 0, 0) would all give the same random numbers.
     return np.random.default_rng(np.random.SeedSequence(seed[0], spawn_key=(*seed[1:], *more)))
 
 
@@ -319,6 +322,7 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise DataError(
-            "batches of tensors need torch: pip install torch (NumPy arrays: return_tensors='np')"
+            "batches of tensors need torch: pip install torch (`Batches` also gives NumPy arrays, "
+            "with return_tensors='np')"
         ) from error
     return torch

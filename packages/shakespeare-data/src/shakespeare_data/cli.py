@@ -123,7 +123,7 @@ def _corpus_options() -> argparse.ArgumentParser:
         "--corpus",
         default="auto",
         help="auto, tiny-shakespeare, nine-plays, plays, a UTF-8 text file or a directory of "
-        "*.txt (default: auto, which is Tiny Shakespeare, or the nine plays without a network)",
+        "*.txt (default: auto, which is Tiny Shakespeare or, without a network, the nine plays)",
     )
     return options
 
@@ -144,7 +144,9 @@ def _division_options() -> argparse.ArgumentParser:
         help="concentration, for dirichlet and quantity-skew (default: 0.5)",
     )
     options.add_argument(
-        "--by", choices=["play", "speaker"], help="groups, for dirichlet (default: play)"
+        "--by",
+        choices=["play", "speaker"],
+        help="groups that dirichlet divides among the clients (default: play)",
     )
     options.add_argument(
         "--window",
@@ -155,7 +157,8 @@ def _division_options() -> argparse.ArgumentParser:
         "--min-characters",
         type=int,
         default=2,
-        help="least training and least validation characters of each client (default: 2)",
+        help="each client gets at least this many characters for training, and at least as many "
+        "for validation (default: 2)",
     )
     options.add_argument(
         "--split",
@@ -243,7 +246,7 @@ def _no_such_role(corpus: Corpus, role: str, play: str | None) -> str:
     advice = (
         f"; similar names: {', '.join(close)}"
         if close
-        else f"; none of its {len(roles)} is similar"
+        else f"; none of its {len(roles)} roles is similar"
     )
     return f"{where} has no role {role!r}{advice}"
 

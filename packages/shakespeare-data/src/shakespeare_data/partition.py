@@ -361,7 +361,7 @@ def _by_play(request: _Request, sides: Sides) -> list[_Shares]:
     else:
         counts = _clients_of_each(sizes, request.clients)
         first = np.cumsum(counts) - counts
-    # Without this permutation, client 0 would always get the first play.
+    # Without this permutation, client 0 would always get the same play.
     renamed = request.rng().permutation(request.clients)
     owners = [
         renamed[begin + _cut(play, np.full(count, 1 / count))]

@@ -138,9 +138,9 @@ def write_federation(
 
     `output` may be missing or empty, or it may contain an earlier federation. An earlier federation
     is replaced as a whole. The function first writes all files to a new directory beside `output`.
-    Then it renames the old directory, and the new directory gets the name `output`. If the process
-    is killed between these two steps, `output` is missing. In that case, the next call first puts
-    the old directory back.
+    Then it renames the old directory, and after that it renames the new directory to `output`. If
+    the process is killed between the two renames, `output` is missing. In that case, the next call
+    first puts the old directory back.
 
     Returns a list with the directory of each part. Raises `DataError` if `output` contains other
     files, or if a file or directory cannot be written. The message names the file or directory.
@@ -151,7 +151,7 @@ def write_federation(
     if Path.cwd().is_relative_to(output):
         raise DataError(
             f"cannot replace {output}, because the current directory is in it; choose a "
-            "directory below it"
+            "directory below the current directory"
         )
     new, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("new", "old"))
     manifest = {**_described(origin), **report}

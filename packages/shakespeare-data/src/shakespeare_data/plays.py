@@ -43,7 +43,7 @@ class Speech:
     scene: str  # the heading, such as "SCENE I. Rome. A street."
     speaker: str  # in the spelling that is most frequent in the play
     lines: tuple[str, ...] = field(repr=False)  # the spoken lines only
-    text: str = field(repr=False)  # the characters of the corpus up to the next speech
+    text: str = field(repr=False)  # the text of the corpus from this speech to the next speech
 
     @property
     def role(self) -> tuple[str, str]:
@@ -140,7 +140,7 @@ def tiny_shakespeares_plays(text: str) -> list[tuple[int, str]]:
 
 
 def first_lines(play: Play, count: int) -> Play:
-    """Return the beginning of `play`, such that the text of its speeches has `count` lines."""
+    """Return `play` cut after the first `count` lines of the text of its speeches."""
     acts: list[Act] = []
     for act in play.acts:
         scenes: list[Scene] = []
@@ -319,7 +319,7 @@ class _Reader:
     tiny: bool  # whether to repeat the defects of Tiny Shakespeare
     acts: list[tuple[str, list[_OpenScene]]] = field(default_factory=list)
     _last: _Words | None = None
-    _skip_words: bool = False  # after a direction that begins a speech, in Tiny Shakespeare
+    _skip_words: bool = False  # true after a direction that begins a speech, if `tiny`
 
     def read(self, line: _Line) -> None:
         """Add one line to the play."""
@@ -348,10 +348,11 @@ class _Reader:
             self._scene(line.text)
 
     def _scene(self, heading: str | None = None) -> _OpenScene:
-        """Return a new scene with the given heading, or the current scene without a new heading.
+        """Return the scene to which the next lines belong.
 
-        If `heading` is `None`, the current scene is returned. If there is no current scene, a scene
-        without a heading is added.
+        If `heading` is given, a new scene with this heading is added and returned. If `heading` is
+        `None`, the current scene is returned. If there is no current scene, a scene without a
+        heading is added and returned.
         """
         if not self.acts:
             self.acts.append(("", []))

@@ -36,7 +36,7 @@ TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca
 
 _PAUSES = (0.0, 1.0)  # seconds before the first and the second round over all mirrors
 _SOCKET_SECONDS = 4.0  # limit for one connection attempt, and for one read from a socket
-_LOCK_SECONDS = 1.0  # extra patience: the process that holds the lock also writes files
+_LOCK_SECONDS = 1.0  # added to the wait for the lock, because its holder also writes files
 _MAX_BYTES = 2**24  # fifteen times the file size; an endless answer must not fill the disk
 _FAILURE_SECONDS = 60.0  # after a failed download, no process tries again for this long
 
@@ -212,8 +212,9 @@ class TinyShakespeare:
         # pooch prints the name of its temporary file to stderr, which would only confuse.
         pooch.get_logger().setLevel(logging.WARNING)
         downloader = pooch.HTTPDownloader(progressbar=_SizeLimit(), timeout=_SOCKET_SECONDS)
-        # The file does not go directly into the cache: pooch makes files that only their owner
-        # can read, and a thread that is late must not leave a temporary file there.
+        # pooch does not write directly into the cache, for two reasons. Only their owner could read
+        # the files that pooch makes. And pooch could leave a temporary file in the cache, because
+        # this thread can still run after its time limit.
         with TemporaryDirectory(prefix="shakespeare-data-", ignore_cleanup_errors=True) as scratch:
             known_hash = f"sha256:{self.sha256}"
             try:
@@ -227,7 +228,7 @@ class _SizeLimit:
     """A progress bar for pooch that shows nothing and stops a download after 16 MiB."""
 
     def __init__(self) -> None:
-        self.total = 0  # pooch sets the announced size; a server may announce another one
+        self.total = 0  # pooch sets the size that the server announces, which may be wrong
         self._received = 0
 
     def update(self, num_bytes: int) -> None:
@@ -289,8 +290,8 @@ def _recent_failure(path: Path, urls: tuple[str, ...]) -> str | None:
         if age > _FAILURE_SECONDS or tuple(failure["urls"]) != urls:
             return None
         return (
-            f"{failure['reason']}; found {age:.0f} s ago, next try after {_FAILURE_SECONDS:.0f} s "
-            f"or once {path} is deleted"
+            f"{failure['reason']}; the download failed {age:.0f} s ago, and the next try is "
+            f"{_FAILURE_SECONDS:.0f} s after the failure or once {path} is deleted"
         )
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
@@ -391,25 +392,35 @@ class UserText:
     def paths(self) -> list[Path]:
         """Return the paths of the text files, sorted by name.
 
-        Raises `DataError` if the source is a directory without a text file.
+        Raises `DataError` if the source is a directory that cannot be read, that has no text file,
+        or that has two text files for one title, such as `a.txt` and `a.TXT`.
         """
         if not self.path.is_dir():
             return [self.path]
-        paths = sorted(
-            path
-            for path in self.path.iterdir()
-            if path.suffix.lower() == ".txt" and not path.name.startswith(".") and path.is_file()
-        )
-        if not paths:
+        try:
+            entries = sorted(self.path.iterdir())
+        except OSError as error:
+            raise DataError(f"cannot read {self.path}: {error.strerror}") from error
+        by_title: dict[str, Path] = {}
+        for path in entries:
+            if path.suffix.lower() != ".txt" or path.name.startswith(".") or not path.is_file():
+                continue
+            other = by_title.setdefault(path.stem, path)
+            if other != path:
+                raise DataError(
+                    f"{self.path} has {other.name} and {path.name}; each play needs a title of "
+                    "its own"
+                )
+        if not by_title:
             raise DataError(f"the directory {self.path} has no *.txt")
-        return paths
+        return list(by_title.values())
 
     def read(self) -> tuple[dict[str, str], str]:
         """Return a dictionary from titles to texts, and a phrase that names the source.
 
         The title of a play is the file name without its ending. If the last line of a file has no
-        line end, a line end is added. The last file is not changed. Raises `DataError` if a file
-        cannot be read or is not in UTF-8.
+        line end, a line end is added, except in the last file. Raises `DataError` if a file cannot
+        be read or is not in UTF-8.
         """
         paths = self.paths()
         texts = {path.stem: _utf8(path) for path in paths}

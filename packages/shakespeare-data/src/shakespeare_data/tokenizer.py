@@ -20,7 +20,7 @@ from shakespeare_data.errors import DataError
 MAX_VOCAB_SIZE = 2**16  # ids are uint16
 
 _NAMED_CHARACTERS = 128  # an error message shows at most this many characters of a vocabulary
-_PAIRS_FROM = 2**12  # shorter texts are encoded without the table of pairs, which takes time
+_PAIRS_FROM = 2**12  # shorter texts do not use the table of pairs, because it takes time to build
 _BLOCK = 2**15  # characters in one step; small temporary arrays fit into the processor's cache
 
 
