@@ -18,8 +18,9 @@ ROOT = Path(__file__).parent
 LIBRARIES = ["packages/gpt-core", "packages/shakespeare-data", "packages/flower-adapter"]
 APP = "apps/nanogpt-flower"
 PACKAGES = [*LIBRARIES, APP]
-INTERRUPT = {"interrupt_timeout": 60.0, "terminate_timeout": 30.0}  # s, to end its processes
-# One thread for each test process: threads that wait for each other on shared cores are slow.
+# Seconds in which a command can stop its own processes, after Ctrl-C and then after SIGTERM.
+INTERRUPT = {"interrupt_timeout": 60.0, "terminate_timeout": 30.0}
+# Each test process uses one thread. More threads would wait for each other on the shared cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
@@ -37,7 +38,7 @@ def install(session: nox.Session, *requirements: str) -> None:
 def tests(session: nox.Session) -> None:
     """Test all packages in one environment. The arguments are passed to pytest."""
     install(session, *(f"{package}[test]" for package in PACKAGES), "pytest-xdist")
-    spread = ["-n", "auto", "--dist", "loadfile"]  # each file in one process, with its fixtures
+    spread = ["-n", "auto", "--dist", "loadfile"]  # tests of a file share process and fixtures
     session.run("pytest", *spread, *session.posargs, env=ONE_THREAD)
 
 

@@ -18,7 +18,7 @@ CONFIG_FILE = "config.json"
 MODEL_DIRECTORY = "model"
 TOKENIZER_FILE = "tokenizer.json"
 
-MODEL_KEYS = ("n-layer", "n-head", "n-embd", "block-size")  # fixed when a run is resumed
+MODEL_KEYS = ("n-layer", "n-head", "n-embd", "block-size")  # a resumed run cannot change these
 CORPUS_FIELDS = ("name", "source", "sha256", "licence", "note")
 LIBRARIES = ("gpt-core", "shakespeare-data", "flower-adapter", "flwr", "torch")
 
@@ -50,8 +50,8 @@ def writable_directory(output_dir: str, subdirectory: str = "") -> Path:
 class RunDirectory:
     """The directory of one run, `<output-dir>/<run id>/`.
 
-    Each file is written under a temporary name and synced to the disk. Then it gets its final name.
-    Therefore a reader never sees a file that is only half written.
+    Each file is written under a temporary name, synced to the disk, and then renamed. Therefore a
+    reader never sees a file that is only half written.
     """
 
     def __init__(self, path: Path) -> None:

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", type=count, default=500, help="number of characters to write (default: 500)")
     add("--seed", type=seed, help="equal seeds give equal texts (default: another text each time)")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
-    add("--top-k", type=count, default=0, help="draw from the k likeliest (default: 0, from all)")
+    add("--top-k", type=count, default=0, help="draw from the k likeliest; 0 is all (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     command.set_defaults(run=sample)
     return parser

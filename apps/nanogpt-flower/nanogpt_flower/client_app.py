@@ -23,7 +23,10 @@ logger = logging.getLogger("flwr.nanogpt_flower")
 
 
 def build_model(config: ConfigRecord, context: Context) -> GPT:
-    """Create a model with the shape that the settings give. The server sends its weights later."""
+    """Create a model with the shape that the settings and the vocabulary give.
+
+    `torch_client_app` then loads the server's weights into this model.
+    """
     settings = Settings.from_run_config(context.run_config)
     tokenizer = CharTokenizer.from_json(str(config["tokenizer"]))
     return GPT(model_config(settings, tokenizer.vocab_size))
@@ -32,7 +35,7 @@ def build_model(config: ConfigRecord, context: Context) -> GPT:
 def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float]:
     """Train for one round and return the metrics.
 
-    The optimizer starts from the state that this client had after its previous round.
+    The optimizer continues from its state at the end of this client's previous round.
     """
     settings = Settings.from_run_config(context.run_config)
     part, name = client_part(settings, config, context), text_name(context)
@@ -71,8 +74,9 @@ def num_steps(settings: Settings, part: Part) -> int:
     """Return the number of training steps in one round.
 
     The client makes `local-epochs` passes over its text, but at most `max-steps` steps. In a pass
-    it draws random windows, as nanoGPT does. A window can start at any character that has enough
-    text after it. The number of windows in a pass is the number of these characters.
+    it draws random windows, as nanoGPT does. A window can start at every character that has at
+    least `block-size` characters after it. A pass has as many windows as the text has such
+    characters.
     """
     windows = len(part.train) - settings.block_size
     passes = settings.local_epochs * -(-windows // settings.batch_size)
@@ -89,7 +93,7 @@ def evaluate_part(model: GPT, config: ConfigRecord, context: Context) -> dict[st
 
 
 def vocabulary(context: Context) -> ConfigRecord:
-    """Return the vocabulary of this client's text. A server that has no text asks for it."""
+    """Return the vocabulary of this client's text. A server that has no text sends this query."""
     tokenizer = directory_part(context).tokenizer
     return ConfigRecord({"label": text_name(context), "tokenizer": tokenizer.to_json()})
 

@@ -1,7 +1,7 @@
-"""Read the text of a client. A client reads its text once for each message.
+"""Read the text of a client.
 
-`read_part` and `load_corpus` keep the texts that they have read. Therefore one process does not
-read an unchanged file again.
+Several functions need the text for the same message. `read_part` and `load_corpus` keep the texts
+that they have read, so one process does not read an unchanged file twice.
 """
 
 from flwr.app import ConfigRecord, Context

@@ -1,4 +1,4 @@
-"""Functions that the client and the server share, so that both read the settings alike."""
+"""Functions that the client and the server share, so that both use the settings in the same way."""
 
 import zlib
 
@@ -7,12 +7,12 @@ from gpt_core import GPTConfig, Runtime
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, Corpus, DataError, Partition, partition
 
-NO_CORPUS = "none"  # the corpus of a server that has no text
+NO_CORPUS = "none"  # value of `corpus` if the server has no text
 VOCABULARY = "vocabulary"  # the query for the vocabulary of a client's own text
 
 
 def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
-    """Return the configuration of the model, which fixes its shape."""
+    """Return the configuration of the model: its shape and its dropout rate."""
     return GPTConfig(
         vocab_size=vocab_size,
         block_size=settings.block_size,
@@ -24,7 +24,7 @@ def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
 
 
 def runtime(settings: Settings) -> Runtime:
-    """Return the device, the precision and the use of compilation for this process."""
+    """Choose the device and the precision of this process, and whether it compiles the model."""
     return Runtime.resolve(
         device=settings.device, precision=settings.precision, compile=settings.compile
     )
@@ -63,7 +63,7 @@ def parts(
 
 
 class VocabularyMismatch(ValueError):
-    """The error that two texts or models in one run have different vocabularies."""
+    """The error for a run in which two texts or models have different vocabularies."""
 
 
 def check_vocabulary(name: str, own: CharTokenizer, other_name: str, other: CharTokenizer) -> None:

@@ -16,7 +16,7 @@ class Row:
     train_loss: float | None  # mean over the clients, weighted by num-examples
     val_loss: float | None  # of the global model, on the server's validation text
     client_val_loss: float | None  # mean over the clients' validation texts
-    clients: int  # clients whose training was averaged
+    clients: int  # number of clients whose weights were averaged
 
     @classmethod
     def of_round(cls, record: RoundRecord) -> "Row":
@@ -40,7 +40,10 @@ class Row:
 
     @property
     def perplexity(self) -> float | None:
-        """The exponential of the validation loss, which is capped so that the result is finite."""
+        """The exponential of the validation loss.
+
+        The loss is capped at 700, so the result is finite.
+        """
         loss = self.shown_val_loss
         return None if loss is None else math.exp(min(loss, 700.0))
 
@@ -85,13 +88,17 @@ class History:
         )
 
     def table(self) -> str:
-        """Return a table of all rounds. The notes below the table help to compare the rounds."""
+        """Return a table of all rounds with notes below it.
+
+        The first note is the `note` of this history, if there is one. The other notes are about
+        clients that were left out.
+        """
         notes = [f"note: {note}" for note in (*self._notes, *_left_out(self.records))]
         return "\n".join([self.HEADER, *map(str, self.rows), *notes])
 
 
 def _left_out(records: list[RoundRecord]) -> list[str]:
-    """Return one line for each left-out client and each reason why the client was left out."""
+    """Return one line for each left-out client and reason. The line lists the rounds."""
     rounds: dict[tuple[str, int, str], list[int]] = {}
     for record in records:
         for client in record.left_out:

@@ -2,8 +2,8 @@
 
 `flwr run` exits with status 0 even if the run has failed. It also leaves a SuperLink running, and
 later runs use that SuperLink with its old environment. This module gives each run its own
-`FLWR_HOME`, ports and processes. The exit status is 0 only if the run has completed. At the end of
-the run, or after Ctrl-C, the module stops every process that it has started.
+`FLWR_HOME`, ports and processes. It exits with status 0 only if the run has completed. At the end
+of the run, or after Ctrl-C, the module stops every process that it has started.
 
     python -m nanogpt_flower.local simulate quick --app apps/nanogpt-flower
     python -m nanogpt_flower.local deploy quick num-server-rounds=2 --app apps/nanogpt-flower
@@ -38,8 +38,8 @@ from shakespeare_data import CORPORA, CharTokenizer, load_corpus, partition
 
 CONNECTION = "local"  # the SuperLink's name in Flower's config.toml
 FEDERATION_ID = "NANOGPT_FLOWER_FEDERATION"  # environment variable that marks each process
-# A shell starts background jobs with SIGINT ignored, so SIGINT needs a handler too. Windows has no
-# SIGHUP.
+# A shell can start a background job with SIGINT ignored. Python then does not turn SIGINT into a
+# KeyboardInterrupt, so SIGINT needs a handler too. Windows has no SIGHUP.
 ENDING_SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
@@ -48,7 +48,7 @@ STOP_SECONDS = 10.0  # a process that takes longer to end is killed
 
 
 class LocalRunError(RuntimeError):
-    """The error that the federation did not start or that its run failed. The message says why."""
+    """The error for a federation that did not start or a run that failed. The message says why."""
 
 
 def program(name: str) -> str:
@@ -76,7 +76,7 @@ class Federation:
         self._id = uuid.uuid4().hex
         self._started: dict[str, subprocess.Popen[bytes]] = {}
         self._environment = os.environ | {
-            # Flower starts its own programs by their names, without a path.
+            # Flower starts its own programs by name, so their directory must be in PATH.
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
             "FLWR_HOME": str(home),
             "RAY_DEDUP_LOGS": "0",  # else Ray merges similar progress lines of two clients
@@ -105,7 +105,7 @@ class Federation:
                 env=environment | self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Then only this process receives Ctrl-C, and it stops the other processes.
+                # In its own session the program does not receive Ctrl-C. `stop` ends it instead.
                 start_new_session=True,
             )
         self._started[name] = process
@@ -115,8 +115,8 @@ class Federation:
         """Start the SuperLink and wait until it accepts connections.
 
         Raises:
-            LocalRunError: if the SuperLink accepts no connections within a minute. The message
-                quotes the log of the SuperLink.
+            LocalRunError: if the SuperLink ends, or if it accepts no connections within a minute.
+                The message quotes the log of the SuperLink.
         """
         command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port"]
         process = self.start("superlink", [*command, str(self.port), *options])
@@ -143,8 +143,8 @@ class Federation:
         """Run the app with `flwr run --stream` and wait until the run has ended.
 
         Raises:
-            LocalRunError: if the run did not start or did not complete. Also if the SuperLink or a
-                SuperNode ended before the run. In that case, the message quotes the log of the
+            LocalRunError: if the run did not start or did not complete, or if the SuperLink or a
+                SuperNode ended during the run. In the last case, the message quotes the log of the
                 program that ended.
         """
         config = self.home / "run-config.toml"
@@ -243,12 +243,14 @@ def _end(process: psutil.Process, *, kill: bool) -> None:
 
 
 def read_run_config(app: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """Read `[preset] [key=value ...]`: a preset's settings, changed by the overrides after it.
+    """Read the arguments `[preset] [key=value ...]` and return the run config that they describe.
 
-    The default preset is "quick". The preset "full" is empty, so that the app's defaults apply.
+    Each override `key=value` changes a setting of the preset or adds a setting. The default preset
+    is "quick". The preset "full" is empty, so the app's defaults apply.
 
     Raises:
-        LocalRunError: if the preset does not exist or an override has no key.
+        LocalRunError: if the preset does not exist, or if an override is not of the form
+            `key=value`.
     """
     preset, overrides = "quick", list(arguments)
     if overrides and "=" not in overrides[0]:
@@ -282,7 +284,8 @@ def _value(text: str) -> Any:
 def make_paths_absolute(run_config: dict[str, Any]) -> None:
     """Make the paths in a run config absolute.
 
-    The SuperLink may run in a different directory than this process.
+    The paths then do not depend on the directory in which the SuperLink or a client runs. If
+    `output-dir` is missing, its default is added first.
 
     Raises:
         LocalRunError: if a path begins with the home directory of an unknown user.

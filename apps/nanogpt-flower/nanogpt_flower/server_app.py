@@ -67,7 +67,7 @@ def main(grid: Grid, context: Context) -> None:
         return MetricRecord({"val-loss": evaluate(prepared, batches, runtime=run)})
 
     def finish_round(record: RoundRecord) -> None:
-        if not history.rows:  # before this point, nothing has been written
+        if not history.rows:  # this is the first call
             directory.write_config(settings, corpus, run, model)
         if record.arrays is not None:
             load_arrays(model, record.arrays)
@@ -151,7 +151,7 @@ def ask_vocabulary(grid: Grid, settings: Settings) -> CharTokenizer:
     """Ask the clients for the vocabulary of their texts.
 
     Raises:
-        DataError: a client reports an error, for example that it has no text. Or no client answers.
+        DataError: no client answers, or a client reports an error, for example that it has no text.
         VocabularyMismatch: two clients have different vocabularies. The message names both clients.
     """
     nodes = wait_for_clients(grid, settings.min_clients)

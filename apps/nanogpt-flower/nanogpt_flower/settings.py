@@ -1,7 +1,8 @@
-"""The settings of a run. Only this file defines their keys, defaults, ranges and descriptions.
+"""The settings of a run, with their keys, defaults, ranges and descriptions.
 
-`python -m nanogpt_flower.settings` prints all settings as a table. The README of the
-app shows this table.
+Flower also needs the keys and the defaults in `pyproject.toml`. A test checks that both agree.
+`python -m nanogpt_flower.settings` prints all settings as a table. The README of the app shows this
+table.
 """
 
 import json
@@ -48,7 +49,8 @@ class Settings:
     )
     local_epochs: int = _whole_number(
         1,
-        "Passes of a client over its text in each round. `max-steps` can cut them short.",
+        "Number of passes that a client makes over its text in each round. The client stops "
+        "earlier if it reaches `max-steps`.",
         least=1,
     )
     max_steps: int = _whole_number(
@@ -64,14 +66,14 @@ class Settings:
     )
     warmup_steps: int = _whole_number(
         20,
-        "First steps of a client, in which its learning rate rises from 0. "
-        "The count goes on from round to round.",
+        "Number of steps in which a client's learning rate rises from 0 to `learning-rate`. "
+        "A client does this warm-up only once. It can take more than one round.",
         least=0,
     )
     optimizer: str = _choice(
         "adamw",
         'Optimizer of the clients. With "muon", Muon trains the hidden matrices and AdamW trains '
-        "the rest. A client keeps the optimizer's state between rounds.",
+        "all other parameters. A client keeps the optimizer's state between rounds.",
         "adamw",
         "muon",
     )
@@ -96,8 +98,9 @@ class Settings:
     )
     corpus: str = _text(
         "auto",
-        'Text to train on. "auto" is Tiny Shakespeare if it can be had, else nine plays. '
-        'With "none" the server has no text, and each client has its own.',
+        'Text to train on. "auto" is "tiny-shakespeare" if the file is on this machine or can be '
+        'downloaded, else "nine-plays". With "none" the server has no text, and each client has '
+        "its own text.",
         '"auto", "tiny-shakespeare", "nine-plays", "plays", "none", or the path of a UTF-8 text '
         "or of a directory of such texts",
     )
@@ -132,8 +135,9 @@ class Settings:
     )
     min_replies: int = _whole_number(
         1,
-        "Number of good replies that a round needs. With fewer, the round fails and the model "
-        "stays as it was. This number must be at most `min-clients`.",
+        "Number of good replies that the training and the evaluation of a round each need. If the "
+        "training gets fewer, the model stays as it was. This number must be at most "
+        "`min-clients`.",
         least=1,
     )
     max_failed_rounds: int = _whole_number(
@@ -141,7 +145,8 @@ class Settings:
     )
     round_timeout: float = _setting(
         0.0,
-        "Seconds for which the server waits for replies in each round. 0 means no limit.",
+        "Seconds for which the server waits for replies. The limit applies to training and to "
+        "evaluation separately. 0 means no limit.",
         "a finite number of at least 0",
         lambda value: isfinite(value) and value >= 0.0,
     )
@@ -173,15 +178,15 @@ class Settings:
     )
     resume_from: str = _text(
         "",
-        "Directory of a run to continue from its newest checkpoint. "
-        "If it is empty, a new run starts.",
+        "Directory of an earlier run, which continues from its newest checkpoint. "
+        "If this setting is empty, a new run starts.",
         "the directory of a run, or empty",
         may_be_empty=True,
     )
     client_state: str = _text(
         "",
         "Directory where simulated clients keep their state on disk for a later resume. "
-        "If it is empty, nothing is kept on disk.",
+        "If this setting is empty, nothing is kept on disk.",
         "a directory that can be written, or empty",
         may_be_empty=True,
     )
