@@ -30,16 +30,25 @@ def project(package: str) -> dict[str, object]:
 
 
 def install(session: nox.Session, *requirements: str) -> None:
-    """Install the requirements with pip, in the versions that are tested."""
-    session.install("-c", "constraints.txt", *requirements)
+    """Install the requirements with pip, in the versions that are tested.
+
+    Without `--no-compile`, pip would compile every module to bytecode, which takes longer than the
+    rest of the installation. Instead, Python compiles each module when it is first imported, and
+    keeps the bytecode in the environment of the session.
+    """
+    session.install("--no-compile", "-c", "constraints.txt", *requirements)
+    session.env["PYTHONDONTWRITEBYTECODE"] = ""  # the user's setting may forbid to keep bytecode
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Test all packages in one environment. The arguments are passed to pytest."""
+    """Test all packages in one environment. The arguments are passed to pytest.
+
+    The output ends with the ten slowest tests.
+    """
     install(session, *(f"{package}[test]" for package in PACKAGES), "pytest-xdist")
     spread = ["-n", "auto", "--dist", "loadfile"]  # tests of a file share process and fixtures
-    session.run("pytest", *spread, *session.posargs, env=ONE_THREAD)
+    session.run("pytest", *spread, "--durations=10", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
