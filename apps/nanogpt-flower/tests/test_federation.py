@@ -81,37 +81,100 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.wait()
 
 
-class Simulated(NamedTuple):
-    """A finished run in the Simulation Runtime."""
+class Resumed(NamedTuple):
+    """A finished run in the Simulation Runtime, which was cut off once and then resumed."""
 
     directory: Path
     printed: str
     settings: dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def simulated(
-    app_directory: Path, tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Simulated:
-    """One run that several tests look at: two clients, two bits both ways, state on disk."""
-    room = tmp_path_factory.mktemp("simulated")
-    settings = tiny | {
-        "num-server-rounds": ROUNDS,
-        "max-steps": 5,
-        "uplink": "2-bit",
-        "downlink": "2-bit",
-        "outer-momentum": 0.5,
-        "output-dir": str(room / "runs"),
-        "client-state": str(room / "clients"),
-    }
-    status, printed = run("simulate", app_directory, settings)
+def cut_off(
+    app: Path, settings: dict[str, Any], log: Path, end: Callable[[subprocess.Popen[bytes]], None]
+) -> Path:
+    """Start a simulation, call `end` after its first round, and return the run's directory."""
+    output = Path(settings["output-dir"])
+    with started(command("simulate", app, settings), log) as process:
+        deadline = time.monotonic() + 120
+        while not list(output.glob("*/checkpoints/round-000001/round.json")):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        end(process)
+    (directory,) = run_directories(output)
+    written = (directory / "metrics.jsonl").read_text().splitlines()
+    assert len(written) < ROUNDS + 1, "the run had finished before it was cut off"
+    assert not (directory / "sample.txt").exists()
+    return directory
+
+
+def resume(app: Path, directory: Path, settings: dict[str, Any]) -> Resumed:
+    status, printed = run("simulate", app, settings | {"resume-from": str(directory)})
     assert status == 0, printed
-    (directory,) = run_directories(room / "runs")
-    return Simulated(directory, printed, settings)
+    assert run_directories(directory.parent) == [directory]
+    return Resumed(directory, printed, settings)
 
 
-def test_a_simulation_learns_and_leaves_its_files(simulated: Simulated) -> None:
-    directory, printed, _ = simulated
+def press_ctrl_c_twice(process: subprocess.Popen[bytes]) -> None:
+    """Press Ctrl-C twice, as the impatient do, and check that nothing runs afterwards."""
+    assert len(descendants()) > 5
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)  # to the group, as a terminal does
+        time.sleep(0.5)
+    assert process.wait(60) == 130
+    assert descendants() == []
+
+
+@pytest.fixture(scope="module")
+def long_settings(
+    tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], dict[str, Any]]:
+    """Settings for two clients, with two bits both ways and all state on disk."""
+
+    def make() -> dict[str, Any]:
+        room = tmp_path_factory.mktemp("room")
+        return tiny | {
+            "num-server-rounds": ROUNDS,
+            "max-steps": 100,
+            "uplink": "2-bit",
+            "downlink": "2-bit",
+            "outer-momentum": 0.5,
+            "output-dir": str(room / "runs"),
+            "client-state": str(room / "clients"),
+        }
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    long_settings: Callable[[], dict[str, Any]], run_app: Callable[..., Path]
+) -> Path:
+    """The directory of the same run in this process, without Flower's processes."""
+    return run_app(long_settings())
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    app_directory: Path,
+    long_settings: Callable[[], dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Resumed:
+    """A run that Ctrl-C has cut off, after it was resumed. Several tests look at it."""
+    settings = long_settings()
+    log = tmp_path_factory.mktemp("log") / "log"
+    directory = cut_off(app_directory, settings, log, press_ctrl_c_twice)
+    assert "interrupted; all processes have been stopped" in log.read_text()
+    return resume(app_directory, directory, settings)
+
+
+def assert_equal_runs(directory: Path, other: Path) -> None:
+    for name in ("metrics.jsonl", "sample.txt", "model/model.safetensors"):
+        assert (directory / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_simulation_learns_and_leaves_its_files(resumed: Resumed) -> None:
+    directory, printed, _ = resumed
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == list(range(ROUNDS + 1))
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.2
@@ -129,41 +192,28 @@ def test_a_simulation_learns_and_leaves_its_files(simulated: Simulated) -> None:
     assert "tokens/s" in printed
 
 
-def test_a_simulation_gives_the_metrics_of_the_same_run_in_one_process(
-    simulated: Simulated, run_app: Callable[..., Path], tmp_path: Path
+def test_a_run_that_ctrl_c_cut_off_goes_on_as_the_same_run_in_one_process(
+    resumed: Resumed, uninterrupted: Path
 ) -> None:
-    places = {"output-dir": str(tmp_path / "runs"), "client-state": str(tmp_path / "clients")}
-    directory = run_app(simulated.settings | places)
-    for name in ("metrics.jsonl", "sample.txt"):
-        assert (directory / name).read_text() == (simulated.directory / name).read_text()
+    assert_equal_runs(resumed.directory, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
-    simulated: Simulated, app_directory: Path, tmp_path: Path
+    app_directory: Path,
+    long_settings: Callable[[], dict[str, Any]],
+    uninterrupted: Path,
+    tmp_path: Path,
 ) -> None:
-    cut_run = simulated.settings | {
-        "output-dir": str(tmp_path / "cut"),
-        "client-state": str(tmp_path / "clients"),
-    }
-    second = "*/checkpoints/round-000002/round.json"
-    with started(command("simulate", app_directory, cut_run), tmp_path / "log") as process:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "cut").glob(second)) and time.monotonic() < deadline:
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.02)
-    (cut,) = run_directories(tmp_path / "cut")
-    done = len((cut / "metrics.jsonl").read_text().splitlines())
-    assert done < ROUNDS + 1, "the run had finished before it was killed"
-    assert not (cut / "sample.txt").exists()
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        for living in descendants():
+            with suppress(psutil.NoSuchProcess):
+                living.kill()
 
-    status, printed = run("simulate", app_directory, cut_run | {"resume-from": str(cut)})
-    assert status == 0, printed
-    assert run_directories(tmp_path / "cut") == [cut]
-    for name in ("metrics.jsonl", "sample.txt"):
-        assert (cut / name).read_text() == (simulated.directory / name).read_text()
-    assert (cut / "model" / "model.safetensors").read_bytes() == (
-        simulated.directory / "model" / "model.safetensors"
-    ).read_bytes()
+    settings = long_settings()
+    directory = cut_off(app_directory, settings, tmp_path / "log", kill)
+    resume(app_directory, directory, settings)
+    assert_equal_runs(directory, uninterrupted)
 
 
 def test_a_failed_run_fails_with_its_clients_reasons(
@@ -177,29 +227,6 @@ def test_a_failed_run_fails_with_its_clients_reasons(
             federation.run(app_directory, settings, "--federation-config", "num-supernodes=2")
     assert "train round 2: 0 good of 2 replies" in str(caught.value)
     assert str(caught.value).count("block-size 500 needs at least 501") == 2
-
-
-def test_ctrl_c_ends_every_process(
-    app_directory: Path, tiny: dict[str, Any], tmp_path: Path
-) -> None:
-    endless = {"max-steps": 0, "local-epochs": 1_000_000, "output-dir": str(tmp_path)}
-    log = tmp_path / "log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command("simulate", app_directory, tiny | endless),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 120
-        while "trains on" not in log.read_text() and time.monotonic() < deadline:
-            time.sleep(0.5)
-        assert "trains on" in log.read_text()
-        assert len(descendants()) > 5
-        for _ in range(2):  # twice, as the impatient do
-            os.killpg(process.pid, signal.SIGINT)  # to the group, as a terminal does
-            time.sleep(0.5)
-        assert process.wait(60) == 130
 
 
 def test_supernodes_train_on_their_own_directories_as_in_one_process(
