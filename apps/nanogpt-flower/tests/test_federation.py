@@ -53,11 +53,15 @@ def descendants() -> list[psutil.Process]:
     return [process for process in children if process.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def orphans_become_children_of_this_process() -> None:
+    """Let no process hide behind init. This comes before the fixtures that start federations."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_running() -> Iterator[None]:
-    if sys.platform == "linux":
-        # Orphans become children of this process, so none can hide behind init.
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     yield
     assert descendants() == []
 
