@@ -160,7 +160,7 @@ def _decode_2bit(data: bytes, shape: Shape) -> Tensor:
     _expect("2-bit", data, count * (2 + BLOCK // 4))
     packed = np.frombuffer(data, np.uint8, offset=2 * count)
     # One look-up gives the four values of a byte. A look-up is faster than shifting and masking.
-    levels = torch.from_numpy(_FOUR_LEVELS[packed])
+    levels = torch.from_numpy(_FOUR_LEVELS.take(packed).view(np.float32))
     return _scaled(levels.view(count, BLOCK), data, shape)
 
 
@@ -213,14 +213,18 @@ def _top_k(name: str, parameter: str) -> Codec:
     return Codec(name, encode, decode)
 
 
-def _four_levels() -> NDArray[np.float32]:
+def _four_levels() -> NDArray[np.complex128]:
+    """Return the four float32 values in each byte of 2-bit, as complex128 (256,).
+
+    numpy looks up single numbers of 16 bytes ten times as fast as rows of four float32.
+    """
     levels = np.array([_LOW, _HIGH, -_LOW, -_HIGH], np.float32)
-    codes = np.arange(256)[:, None] >> np.array([0, 2, 4, 6]) & 3
-    four: NDArray[np.float32] = levels[codes]
+    codes = np.arange(256)[:, None] >> np.array([0, 2, 4, 6]) & 3  # (256, 4)
+    four: NDArray[np.complex128] = levels[codes].view(np.complex128).reshape(256)
     return four
 
 
-_FOUR_LEVELS = _four_levels()  # (256, 4): the four values in each byte of 2-bit
+_FOUR_LEVELS = _four_levels()
 
 _CODECS = {
     "fp32": Codec("fp32", _encode_fp32, _decode_fp32),
