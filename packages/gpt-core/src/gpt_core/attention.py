@@ -2,10 +2,11 @@
 
 PyTorch's flash attention for CPUs is much slower than PyTorch's matrix products. This module cuts
 the queries into blocks. It multiplies each block of queries only with the keys up to the end of
-that block. It therefore computes little more than the causal half of the attention matrix. The
-forward pass stores the attention weights, and the backward pass reuses them. In each layer, they
-take about 2 B n_head T^2 bytes in fp32. Sequences of more than 512 tokens therefore use PyTorch's
-flash attention instead.
+that block. It therefore computes little more than the causal half of the attention matrix.
+
+The forward pass stores the attention weights, and the backward pass reuses them. In fp32, the
+attention weights of one layer take about 2 * B * n_head * T^2 bytes. This memory grows with T^2, so
+sequences of more than 512 tokens use PyTorch's flash attention instead.
 """
 
 import math

@@ -59,6 +59,7 @@ def save_pretrained(model: GPT, directory: str | Path) -> None:
             for written in (weights, config):
                 with written.open("r+b") as file:
                     os.fsync(file.fileno())
+            for written in (weights, config):
                 written.replace(directory / written.name)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{directory} cannot be written: {error}") from error

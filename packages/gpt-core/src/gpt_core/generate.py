@@ -63,7 +63,7 @@ class _Sampler:
 
 
 class _StopCondition:
-    """The stop sequences and stop strings, with a check of whether a row has reached one."""
+    """A check for stop sequences and stop strings. A row ends after it has written one of them."""
 
     def __init__(self, stop: Sequence[Stop], decode: Callable[[list[int]], str] | None) -> None:
         if isinstance(stop, str | int):
@@ -203,9 +203,11 @@ def stream(
         min_p: draw only from tokens with a probability of at least `min_p` times the probability
             of the most likely token (arXiv 2407.01082).
         stop: token ids, sequences of token ids, or strings. A row ends after it has written one of
-            these stops. The row contains the stop. A stop inside a prompt has no effect.
+            these stops. The tokens of the stop are yielded too. A stop inside a prompt has no
+            effect.
         decode: a function from a list of token ids to text. It is required if `stop` contains
-            strings. Each token must give at least one byte of text.
+            strings. Each token must become at least one byte of text, because only the newest
+            tokens of a row are searched for a stop string.
         seed: seed for the random draws. None uses torch's global generator.
         window: what to do when a row has `block_size` tokens in the cache. "shift" computes the
             newest half of these tokens again and continues with them, so the average cost of a

@@ -3,9 +3,9 @@
 - Position embeddings are learned. Blocks are pre-norm and use GELU. The input and the output share
   one embedding matrix.
 - Initial weights follow GPT-2: residual projections are scaled by 1/sqrt(2 n_layer).
-- Attention runs in PyTorch's fused kernels, or in blocks of matrix products if these are faster. On
-  a CPU, these two ways cannot apply dropout inside attention. `attention_dropout` is therefore a
-  separate setting.
+- Attention runs in PyTorch's fused kernels, or in blocks of matrix products where the blocks are
+  faster. On a CPU, neither the fused kernels nor the blocks can apply dropout inside attention.
+  This dropout therefore has its own setting, `attention_dropout`, which is 0 by default.
 - With a key-value cache, `forward` computes only the new tokens of a sequence.
 """
 
@@ -25,9 +25,10 @@ from gpt_core.loss import IGNORED, at_least_fp32, chunked_cross_entropy
 class KVCache:
     """The keys and values of earlier tokens, in memory allocated once for `block_size` tokens.
 
-    `keys` and `values` have shape (n_layer, B, n_head, block_size, head_size) and the dtype and
-    device of `like`. Row b of the batch holds `lengths[b]` tokens. Entries after the first
-    `lengths[b]` are zero or left over from removed tokens. Code that reads them must mask them.
+    `keys` and `values` have shape (n_layer, B, n_head, block_size, head_size). They have the dtype
+    and the device of the argument `like`. Row b of the batch holds `lengths[b]` tokens. The entries
+    after these tokens are zero or left over from removed tokens. Code that reads these entries must
+    mask them.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, *, like: Tensor) -> None:
@@ -79,7 +80,10 @@ class KVCache:
 
 
 class _MaskedScale(torch.autograd.Function):
-    """The product x * mask * scale. It stores one byte per element for the backward pass."""
+    """An autograd function that computes x * mask * scale.
+
+    For the backward pass, it stores only the mask, with one byte per element.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -232,10 +236,10 @@ class GPT(nn.Module):
 
     Attributes:
         config: the settings of this model.
-        loss_chunk: number of positions for which the loss is computed at a time. The default, 0,
-            computes all positions at once. A number above 0 saves memory if the vocabulary is
-            large, because memory never holds all logits (B, T, vocab_size) or their gradient. In
-            this case, `forward` with targets returns no logits.
+        loss_chunk: number of positions in one chunk. The default, 0, computes the loss of all
+            positions at once. With a number above 0, the loss is computed chunk by chunk. Memory
+            then never holds all logits (B, T, vocab_size) or their gradient, and `forward` with
+            targets returns no logits. This saves memory if the vocabulary is large.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -268,9 +272,9 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Estimate the floating-point operations per token in one training step.
 
-        The formula is from appendix B of PaLM (arXiv 2204.02311), with windows of `block_size`:
-        6 operations for each parameter that is not a position embedding, and
-        12 n_layer n_embd block_size for attention. The formula counts the whole attention matrix,
+        The formula is from appendix B of PaLM (arXiv 2204.02311): 6 operations for each parameter
+        that is not a position embedding, and 12 n_layer n_embd block_size operations for attention.
+        The formula assumes sequences of `block_size` tokens. It counts the whole attention matrix,
         although only its causal half is needed.
         """
         config = self.config

@@ -7,8 +7,8 @@ learning rate.
 
 `Muon` differs from `torch.optim.Muon` in two ways. First, on a CPU, its iteration runs in the dtype
 of the parameters. `torch.optim.Muon` always iterates in bf16, and a CPU without bf16 in hardware
-emulates bf16 at about a fortieth of the speed of fp32. Second, it can treat a fused QKV matrix as
-three matrices.
+emulates bf16 at about a fortieth of the speed of fp32. Second, gpt-core's `Muon` can treat a fused
+QKV matrix as three matrices.
 """
 
 import math

@@ -56,7 +56,10 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def int8_product(self, x: Tensor) -> Tensor:
-        """Multiply x, (rows, in_features), by the weight in PyTorch's int8 kernel for CPUs.
+        """Compute the output of the layer with PyTorch's int8 kernel for CPUs.
+
+        Args:
+            x: (rows, in_features), in any floating dtype. It is rounded to bf16.
 
         Returns:
             (rows, out_features) in bf16, or in fp16 if x is fp16.

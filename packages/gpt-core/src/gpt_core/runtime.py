@@ -85,9 +85,9 @@ class Runtime:
                 Larger batches are cut into slices, and the gradients of all slices are added. 0
                 means no slices. None takes 2048 on a CPU without compilation, because the
                 activations of 2048 tokens stay in the CPU's caches. Otherwise, None takes 0.
-            threads: number of CPU threads. None takes PyTorch's own number of threads. If the
-                affinity of the process or the quota of its container allows fewer CPUs, None takes
-                that number. If several processes share a machine, divide its CPUs among them.
+            threads: number of CPU threads. None takes PyTorch's own number of threads, but at most
+                the number of CPUs that the affinity of the process and the quota of its container
+                allow. If several processes share a machine, give each process a part of the CPUs.
 
         Raises:
             ConfigError: if a value is not allowed, or if PyTorch does not find the device.
