@@ -54,7 +54,10 @@ def tests(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("package", PACKAGES, ids=[Path(package).name for package in PACKAGES])
 def slow(session: nox.Session, package: str) -> None:
-    """Run the slow tests of the app, or all tests of one library without the other packages."""
+    """Run the slow tests of the app, or all tests of one library.
+
+    A library is tested alone, so the other packages are not installed.
+    """
     libraries = LIBRARIES if package == APP else []
     install(session, *libraries, f"{package}[test]")
     marked = "slow" if package == APP else "slow or not slow"
@@ -113,21 +116,21 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def measure(session: nox.Session) -> None:
-    """Measure gpt-core on this CPU: [training|memory|profile|generation|loss ...]."""
+    """Measure gpt-core on this CPU. Arguments: [training|memory|profile|generation|loss ...]."""
     install(session, "packages/gpt-core[parity]")
     session.run("python", "packages/gpt-core/benchmarks/cpu.py", *session.posargs)
 
 
 @nox.session
 def corpora(session: nox.Session) -> None:
-    """Measure the corpora of shakespeare-data: [parsing|similarity|partitions|mapped ...]."""
+    """Measure shakespeare-data's corpora. Arguments: [parsing|similarity|partitions|mapped ...]."""
     install(session, "packages/shakespeare-data[plays,torch]")
     session.run("python", "packages/shakespeare-data/benchmarks/corpora.py", *session.posargs)
 
 
 @nox.session
 def federations(session: nox.Session) -> None:
-    """Test flower-adapter in real simulations: [strategies|faults|resume|memory ...]."""
+    """Test flower-adapter in real simulations. Arguments: [strategies|faults|resume|memory ...]."""
     install(session, "packages/flower-adapter[test]")
     script = "packages/flower-adapter/benchmarks/federations.py"
     for part in session.posargs or ["strategies", "faults", "resume", "memory"]:
@@ -210,13 +213,13 @@ def readme_example(readme: Path) -> str:
 
 @nox.session
 def simulate(session: nox.Session) -> None:
-    """Train in Flower's Simulation Runtime: [quick|full] [key=value ...] [--num-clients N]."""
+    """Train in a Flower simulation. Arguments: [quick|full] [key=value ...] [--num-clients N]."""
     federate(session, "simulate")
 
 
 @nox.session
 def deploy(session: nox.Session) -> None:
-    """Train on real SuperNodes on this machine: [quick|full] [key=value ...] [--num-clients N]."""
+    """Train on real local SuperNodes. Arguments: [quick|full] [key=value ...] [--num-clients N]."""
     federate(session, "deploy")
 
 

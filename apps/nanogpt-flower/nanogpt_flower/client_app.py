@@ -23,7 +23,7 @@ logger = logging.getLogger("flwr.nanogpt_flower")
 
 
 def build_model(config: ConfigRecord, context: Context) -> GPT:
-    """Create a model with the shape that the settings and the vocabulary give.
+    """Create a model from the settings in `context` and the vocabulary in `config`.
 
     `torch_client_app` then loads the server's weights into this model.
     """
@@ -74,9 +74,9 @@ def num_steps(settings: Settings, part: Part) -> int:
     """Return the number of training steps in one round.
 
     The client makes `local-epochs` passes over its text, but at most `max-steps` steps. In a pass
-    it draws random windows, as nanoGPT does. A window can start at every character that has at
-    least `block-size` characters after it. A pass has as many windows as the text has such
-    characters.
+    it draws random windows, as nanoGPT does. The number of windows in a pass is the number of
+    characters in the training text minus `block-size`, because a window can start at that many
+    positions.
     """
     windows = len(part.train) - settings.block_size
     passes = settings.local_epochs * -(-windows // settings.batch_size)
@@ -93,7 +93,7 @@ def evaluate_part(model: GPT, config: ConfigRecord, context: Context) -> dict[st
 
 
 def vocabulary(context: Context) -> ConfigRecord:
-    """Return the vocabulary of this client's text. A server that has no text sends this query."""
+    """Return the vocabulary of this client's text. A server that has no text asks for it."""
     tokenizer = directory_part(context).tokenizer
     return ConfigRecord({"label": text_name(context), "tokenizer": tokenizer.to_json()})
 

@@ -1,7 +1,7 @@
 """Read the text of a client.
 
-Several functions need the text for the same message. `read_part` and `load_corpus` keep the texts
-that they have read, so one process does not read an unchanged file twice.
+While a client handles one message, its text is needed several times. `read_part` and `load_corpus`
+keep the texts that they have read, so one process does not read an unchanged file twice.
 """
 
 from flwr.app import ConfigRecord, Context
@@ -43,8 +43,8 @@ def client_part(settings: Settings, config: ConfigRecord, context: Context) -> P
     """Return this client's text, and check that it has the same vocabulary as the model.
 
     Raises:
-        DataError: the text cannot be read, or it is too small, or its corpus is not the server's
-            corpus.
+        DataError: the client has no text, the text cannot be read, the text is too small, or the
+            client's copy of the corpus differs from the server's copy.
         VocabularyMismatch: the vocabulary of the text differs from the vocabulary of the model.
     """
     tokenizer = CharTokenizer.from_json(str(config["tokenizer"]))

@@ -47,7 +47,10 @@ def compression(settings: Settings) -> Compression:
 def parts(
     settings: Settings, corpus: Corpus, tokenizer: CharTokenizer, num_clients: int
 ) -> Partition:
-    """Divide the corpus into equal parts. Each part has at least one window and its targets.
+    """Divide the corpus into equal parts, one for each client.
+
+    A window and its targets need `block-size` + 1 characters. Each part has at least this many
+    characters for training, and at least this many for validation.
 
     Raises:
         DataError: the corpus is too small for this number of clients.

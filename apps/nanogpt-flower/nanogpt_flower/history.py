@@ -35,7 +35,11 @@ class Row:
 
     @property
     def shown_val_loss(self) -> float | None:
-        """The server's validation loss. If the server has no text, the clients' validation loss."""
+        """The validation loss that the table and the curve show.
+
+        This is the server's validation loss. If the server has no text, it is the clients'
+        validation loss.
+        """
         return self.client_val_loss if self.val_loss is None else self.val_loss
 
     @property
@@ -98,7 +102,10 @@ class History:
 
 
 def _left_out(records: list[RoundRecord]) -> list[str]:
-    """Return one line for each left-out client and reason. The line lists the rounds."""
+    """Return lines about the clients that were left out.
+
+    Each line names one phase, one client and one reason, and lists the rounds.
+    """
     rounds: dict[tuple[str, int, str], list[int]] = {}
     for record in records:
         for client in record.left_out:

@@ -105,7 +105,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_directory(settings: Settings, context: Context) -> RunDirectory:
-    """Open the directory of the run to resume, or create a new one."""
+    """Open the directory that `resume-from` names. Create a new one if `resume-from` is empty."""
     if settings.resume_from:
         return RunDirectory.resume(settings)
     return RunDirectory.create(settings.output_dir, context.run_id)

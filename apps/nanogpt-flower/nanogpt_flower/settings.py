@@ -1,8 +1,8 @@
 """The settings of a run, with their keys, defaults, ranges and descriptions.
 
-Flower also needs the keys and the defaults in `pyproject.toml`. A test checks that both agree.
-`python -m nanogpt_flower.settings` prints all settings as a table. The README of the app shows this
-table.
+Flower also needs the keys and the defaults in `pyproject.toml`. A test checks that
+`pyproject.toml` agrees with this module. `python -m nanogpt_flower.settings` prints all settings as
+a table. The README of the app shows this table.
 """
 
 import json
@@ -135,8 +135,8 @@ class Settings:
     )
     min_replies: int = _whole_number(
         1,
-        "Number of good replies that the training and the evaluation of a round each need. If the "
-        "training gets fewer, the model stays as it was. This number must be at most "
+        "Smallest number of good replies, for training and for evaluation separately. If training "
+        "has fewer good replies, the model stays as it was. This number must be at most "
         "`min-clients`.",
         least=1,
     )
@@ -178,7 +178,7 @@ class Settings:
     )
     resume_from: str = _text(
         "",
-        "Directory of an earlier run, which continues from its newest checkpoint. "
+        "Directory of an earlier run. That run continues from its newest checkpoint. "
         "If this setting is empty, a new run starts.",
         "the directory of a run, or empty",
         may_be_empty=True,
@@ -197,7 +197,8 @@ class Settings:
     )
     sample_prompt: str = _text(
         "",
-        "Start of the sample. If it is empty, the sample starts with a line break.",
+        "Start of the sample. If it is empty, the sample starts with a line break or, if the corpus "
+        "has none, with the first character of the vocabulary.",
         "a text of characters that the corpus has, or empty",
         may_be_empty=True,
     )
@@ -260,7 +261,7 @@ class Settings:
         return found
 
     def to_run_config(self) -> dict[str, Value]:
-        """Return all settings as a run config. Each key is a key of `--run-config`."""
+        """Return all settings as a run config. The keys have `-` in place of `_`."""
         return {_key(name): value for name, value in asdict(self).items()}
 
 
