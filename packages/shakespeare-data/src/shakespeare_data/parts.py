@@ -138,9 +138,9 @@ def write_federation(
 
     `output` may be missing or empty, or it may contain an earlier federation. An earlier federation
     is replaced as a whole. The function first writes all files to a new directory beside `output`.
-    Then it renames the old directory, and after that it renames the new directory to `output`. If
-    the process is killed between the two renames, `output` is missing. In that case, the next call
-    first puts the old directory back.
+    Then it gives the earlier federation a temporary name, renames the new directory to `output`,
+    and deletes the earlier federation. If the process is killed between the two renames, `output`
+    is missing. In that case, the next call first gives the earlier federation its old name again.
 
     Returns a list with the directory of each part. Raises `DataError` if `output` contains other
     files, or if a file or directory cannot be written. The message names the file or directory.
@@ -212,7 +212,10 @@ def _refuse_foreign_files(output: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Return whether `path` is a `meta.json` or a `partition.json` of any format version."""
+    """Return whether the file `path` has the content of a `meta.json` or a `partition.json`.
+
+    The format version in the file does not matter.
+    """
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -256,10 +259,10 @@ def _json(document: Mapping[str, Any]) -> bytes:
 def read_part(directory: str | Path, *, block_size: int = 1) -> Part:
     """Read a part that `Partition.write` wrote.
 
-    The token ids are memory-mapped and read-only. Each of the three files is opened once. The
-    SHA-256 of the mapped ids is compared with the SHA-256 in `meta.json`. A second call in the same
-    process returns the same part without opening a file, if the path, size, modification time and
-    inode of each file are unchanged.
+    The token ids are memory-mapped and read-only. The function opens each of the files
+    `meta.json`, `train.bin` and `val.bin` only once. The SHA-256 of the mapped ids is compared with
+    the SHA-256 in `meta.json`. A second call in the same process returns the same part without
+    opening a file, if the path, size, modification time and inode of each file are unchanged.
 
     A window and its targets need `block_size + 1` ids. Raises `DataError` if `train.bin` or
     `val.bin` has fewer ids, if a file is missing, or if a file does not agree with `meta.json`. The

@@ -103,7 +103,8 @@ def parse_markdown(markdown: str, title: str, *, as_tiny_shakespeare: bool = Fal
     - A speech that begins with a stage direction keeps its speaker and loses its words.
     - If two people speak together, only the first name is kept.
     - Words without a speaker are added to the previous speech.
-    - In a play of `RUNNING_HEADS`, the last speech before each scene ends with the running head.
+    - If `RUNNING_HEADS` has a running head for the play, the last speech before each scene ends
+      with this running head. A running head is the title at the top of each page.
     """
     reader = _Reader(title, as_tiny_shakespeare)
     for line in _markdown_lines(markdown):
@@ -114,9 +115,9 @@ def parse_markdown(markdown: str, title: str, *, as_tiny_shakespeare: bool = Fal
 def parse_text(text: str, titles: Sequence[tuple[int, str]]) -> tuple[Play, ...]:
     """Divide `text` into plays, and divide each play into speeches.
 
-    Each paragraph is one speech. For each play, `titles` has the position of its first character
-    and its title. A paragraph can begin with a line that ends with a colon. If most paragraphs in a
-    play begin with such a line, the line names the speaker. Otherwise, the play has no speakers.
+    `titles` has a pair `(position, title)` for each play. The position is the index in `text` at
+    which the play begins. Each paragraph is one speech. If most paragraphs in a play begin with a
+    line that ends with a colon, these lines name the speakers. Otherwise, the play has no speakers.
     Each play has one act, and the act has one scene. The act and the scene have no heading.
     """
     ends = [start for start, _ in titles[1:]] + [len(text)]
@@ -140,7 +141,10 @@ def tiny_shakespeares_plays(text: str) -> list[tuple[int, str]]:
 
 
 def first_lines(play: Play, count: int) -> Play:
-    """Return `play` cut after the first `count` lines of the text of its speeches."""
+    """Return the beginning of `play`: the first `count` lines of its text.
+
+    Lines with speakers and empty lines are counted too.
+    """
     acts: list[Act] = []
     for act in play.acts:
         scenes: list[Scene] = []
@@ -175,9 +179,10 @@ def _play_of_paragraphs(text: str, title: str) -> Play:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Yield the paragraphs in `text`. The empty lines after a paragraph belong to it.
+    """Yield the paragraphs in `text`, each together with the empty lines after it.
 
-    Empty lines at the beginning of `text` belong to the first paragraph. So no character is lost.
+    Empty lines at the beginning of `text` belong to the first paragraph. If all paragraphs are
+    joined, the result is `text`.
     """
     paragraph, has_words, ended = "", False, False
     for line in _LINE.findall(text):
@@ -313,7 +318,10 @@ def _paragraph_lines(lines: Sequence[str]) -> Iterator[_Line]:
 
 @dataclass
 class _Reader:
-    """A parser that sorts the lines of a play's Markdown into acts and scenes."""
+    """A parser that makes a play from the lines of its Markdown.
+
+    Call `read` for each line, and then call `play`.
+    """
 
     title: str
     tiny: bool  # whether to repeat the defects of Tiny Shakespeare

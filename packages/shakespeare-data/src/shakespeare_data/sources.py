@@ -418,9 +418,9 @@ class UserText:
     def read(self) -> tuple[dict[str, str], str]:
         """Return a dictionary from titles to texts, and a phrase that names the source.
 
-        The title of a play is the file name without its ending. If the last line of a file has no
-        line end, a line end is added, except in the last file. Raises `DataError` if a file cannot
-        be read or is not in UTF-8.
+        The title of a play is the file name without the suffix. If a text does not end with a line
+        end, one is added, so that the next text begins on a new line. Nothing is added to the last
+        text. Raises `DataError` if a file cannot be read or is not in UTF-8.
         """
         paths = self.paths()
         texts = {path.stem: _utf8(path) for path in paths}

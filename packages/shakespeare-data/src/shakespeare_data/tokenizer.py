@@ -76,8 +76,8 @@ class CharTokenizer:
     def _ids(self) -> NDArray[np.int32]:
         """A table that maps each code point to its id, as an int32 array.
 
-        A code point outside the vocabulary has the value -1. The last entry is always -1 and is
-        used for all larger code points.
+        A code point outside the vocabulary has the value -1. The last entry is always -1. All code
+        points beyond the end of the table use this entry.
         """
         ids = np.full(int(self._codes[-1]) + 2, -1, dtype=np.int32)
         ids[self._codes] = np.arange(self.vocab_size, dtype=np.int32)
@@ -87,10 +87,11 @@ class CharTokenizer:
     def _pairs(self) -> NDArray[np.uint32]:
         """A table that maps two Latin-1 characters to their two ids.
 
-        With this table, one look-up encodes two characters. The index consists of the two bytes of
-        the characters and is read as one uint16. The value consists of the two uint16 ids and is
-        read as one uint32. A character outside the vocabulary has the value 2^16 - 1 in place of an
-        id. No character in this table has the id 2^16 - 1, because Latin-1 has only 256 characters.
+        With this table, one look-up encodes two characters. Each character is one byte, and the two
+        bytes together are the index, a uint16. Each id is a uint16, and the two ids together are
+        the value in the table, a uint32. A character outside the vocabulary has 2^16 - 1 in place
+        of an id. No character in this table has the id 2^16 - 1, because Latin-1 has only 256
+        characters.
         """
         byte = np.full(256, 2**16 - 1, dtype=np.uint16)
         codes = self._codes[self._codes < 256]
