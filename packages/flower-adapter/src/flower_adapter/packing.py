@@ -3,7 +3,7 @@
 All state that a `Context` or a file keeps between rounds goes through this module. It does not use
 pickle. Dicts, lists, tuples, numbers, strings and bytes become JSON. Tensors, numpy arrays and
 Flower's arrays become Flower `Array`s, and the JSON refers to them by name. numpy lacks bfloat16
-and float8, so tensors in these dtypes are kept as integers with the same bits. Such arrays must
+and float8, so tensors in these dtypes are kept as integers with the same bits. These integers must
 not be averaged.
 """
 
@@ -48,14 +48,14 @@ _STRUCTURE, _FOREIGN = "structure", "foreign"
 
 
 def pack(value: Any, path: str) -> tuple[str, dict[str, Array]]:
-    """Return `value` as JSON and the arrays that the JSON refers to.
+    """Return `value` as JSON, and the arrays that the JSON refers to.
 
-    `value` may nest dict and Counter (str or int keys), list, tuple, torch.Size, Tensor, numpy
-    array or number, int, float, complex, bool, str, bytes, None and Flower's records. `path` names
-    the value in errors.
+    `value` may hold None, bool, int, float, complex, str, bytes, tensors, numpy arrays, numpy
+    numbers, and Flower's arrays and records. These may be nested in list, tuple, torch.Size, and in
+    dict and Counter with keys of type str or int. `path` is the value's name in error messages.
 
     Raises:
-        TypeError: `value` holds something else. The message says where, and begins with `path`.
+        TypeError: `value` holds something else. The message begins with `path` and says where.
     """
     arrays: dict[str, Array] = {}
     structure = _encode(value, path, arrays)
@@ -78,7 +78,8 @@ def unpack(structure: str, arrays: Mapping[str, Array]) -> Any:
 def write_file(path: Path, structure: str, arrays: Mapping[str, Array]) -> None:
     """Write a safetensors file and sync it to the disk. The write is not atomic.
 
-    An array is written as bytes if `_FILE_KINDS` lacks its dtype or numpy did not serialize it.
+    An array is stored as plain bytes if its dtype is not in `_FILE_KINDS`, or if its `stype` says
+    that its data is not in numpy's format.
 
     Raises:
         OSError: the file cannot be written.

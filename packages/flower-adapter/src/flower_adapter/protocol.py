@@ -1,9 +1,9 @@
-"""This module defines every key and version that travels with the arrays.
+"""This module defines the keys and format versions in messages, replies and client contexts.
 
-Other modules use these names and never write the strings themselves. A message from the server
-carries Flower's config record with the keys below, and may carry the record `COMPRESSION`. A reply
-from a client carries the record `CLIENT`. It also carries `COMPRESSION` if the message had that
-record.
+Other modules use these constants and never write the strings themselves. A message from the server
+carries Flower's config record with some of the keys below. With compression it also carries the
+record `COMPRESSION`. A reply from a client carries the record `CLIENT`. If the message carried
+`COMPRESSION` and the client uses `compression_mod`, the reply carries `COMPRESSION` too.
 """
 
 from typing import Any, NamedTuple, cast
@@ -36,7 +36,7 @@ PERSONAL = "flower-adapter.personal"
 
 
 class CompressionHeader(NamedTuple):
-    """Describes the compressed arrays of a message and of its reply."""
+    """Describes how the arrays of a message and of the reply to it are compressed."""
 
     downlink: str  # codec of the arrays in the message
     uplink: str  # codec for the arrays in the reply
@@ -48,7 +48,7 @@ class CompressionHeader(NamedTuple):
         """Read a header from its record.
 
         Raises:
-            ValueError: the format version is not supported, or a field is missing.
+            ValueError: the format version is not supported, or a field is not a str.
         """
         version = record.get("format") if isinstance(record, ConfigRecord) else None
         if version != COMPRESSION_VERSION:
@@ -66,7 +66,8 @@ class CompressionHeader(NamedTuple):
     def to_record(self) -> ConfigRecord:
         """Return the record for a message, without the empty fields.
 
-        Flower's `count_bytes` raises ValueError for an empty string.
+        These fields are left out because Flower's `count_bytes` raises ValueError for an empty
+        string.
         """
         fields = {name: value for name, value in self._asdict().items() if value}
         return ConfigRecord({"format": COMPRESSION_VERSION, **fields})
@@ -120,5 +121,5 @@ def label_of(reply: Message) -> str | None:
 
 
 def config_of(message: Message) -> ConfigRecord:
-    """Return the server's config in a message. Without a config record it is empty."""
+    """Return the server's config from a message, or an empty record if there is none."""
     return next(iter(message.content.config_records.values()), ConfigRecord())

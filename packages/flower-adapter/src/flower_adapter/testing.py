@@ -27,13 +27,13 @@ from flower_adapter._flwr import ErrorCode, Run, TaskIdentity
 class LocalGrid(Grid):
     """A grid that runs a ClientApp for each message, in this process.
 
-    Like Flower's simulation it gives each node a random id, the node config "partition-id" and
-    "num-partitions", and a context that lasts as long as the grid. Replies come in random order. A
-    ValueError from the ClientApp becomes an error reply with the same text as in Flower's
-    deployment. Any other exception is raised in the test.
+    Like Flower's simulation, it gives each node a random id, the node config "partition-id" and
+    "num-partitions", and a context that lasts as long as the grid. Replies come in random order. If
+    the ClientApp raises ValueError, the reply is an error reply with the same text as in Flower's
+    deployment. Any other exception reaches the test.
 
-    Flower only lets the process of a ServerApp make messages, so the first grid gives this process
-    the identity of a ServerApp.
+    In Flower, only the process of a ServerApp can make messages. The first grid therefore gives
+    this process the identity of a ServerApp.
 
     Args:
         client_app: the ClientApp of every node.

@@ -21,16 +21,16 @@ _DTYPES = frozenset(map(np.dtype, ARRAY_DTYPES.values()))
 class Average:
     """A running weighted mean of `ArrayRecord`s with equal names, shapes and dtypes.
 
-    Memory does not grow with the number of records. It holds one mean, and from the 128th record
-    on it holds two means. Each block of 128 records has a running mean (Welford, 1962). A second
-    running mean averages the blocks (Higham, "The accuracy of floating point summation", 1993). The
-    rounding error of ten thousand records is therefore only as large as that of a few hundred
-    records.
+    Each block of 128 records has a running mean (Welford, 1962). When a block is complete, its mean
+    joins a second running mean, which averages the blocks (Higham, "The accuracy of floating point
+    summation", 1993). The rounding error of ten thousand records is therefore only as large as that
+    of a few hundred records. Before the 128th record only one mean is in memory. From then on there
+    are two, and memory does not grow further.
 
-    Floats and complex numbers are averaged in their own precision, and half precision is averaged
-    in single precision. If two values differ by more than the largest number of that precision, the
-    mean can overflow. Integers and bools are averaged in double precision and rounded to the
-    nearest integer, ties to even.
+    Floats and complex numbers are averaged in their own dtype, but float16 is averaged in float32.
+    The mean can overflow if two values differ by more than the largest number of the dtype in which
+    they are averaged. Integers and bools are averaged in float64 and rounded to the nearest
+    integer, ties to even.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Average:
             self._close_block()
 
     def result(self) -> ArrayRecord:
-        """Return the mean in the dtypes of the records, and reset to zero records.
+        """Return the mean in the dtypes of the records, and begin a new mean.
 
         Raises:
             ValueError: no record was added.
@@ -95,14 +95,14 @@ class Average:
 
 
 class _Mean:
-    """A running weighted mean in a precision that torch can average."""
+    """A running weighted mean of each array. `_operand` chooses the dtype of the mean."""
 
     def __init__(self) -> None:
         self.means: dict[str, Tensor] = {}
         self.restart()
 
     def restart(self) -> None:
-        """Reset to zero records, and reuse the same memory."""
+        """Begin a new mean in the same memory."""
         self.weight = 0.0
         self.count = 0
 
@@ -132,7 +132,10 @@ def average_arrays(weighted: Iterable[tuple[ArrayRecord, float]]) -> ArrayRecord
 
 
 def _operand(values: NDArray[Any]) -> Tensor:
-    """Return `values` in a dtype that torch can average: double for integers, single for half."""
+    """Return `values` as a tensor in the dtype of their mean.
+
+    Integers and bools become float64, and float16 becomes float32. All other dtypes stay.
+    """
     if values.dtype.kind in "biu":
         return torch.from_numpy(np.asarray(values, np.float64))
     if values.dtype == np.float16:

@@ -4,12 +4,12 @@ The tensor has two or more dimensions.
 
 | codec | bits per value | scale |
 |---|---|---|
-| fp32 | 32 | exact |
-| bf16 | 16 | each value's own exponent, round to nearest even |
-| int8 | 8 | largest magnitude of each channel (the first dimension), float32 |
-| int4 | 4.125 | largest magnitude of each block of 128 values, bfloat16 |
-| 2-bit | 2.125 | least squares over each block of 128 values, bfloat16 |
-| top-k | 64 per kept value | exact; keeps the largest 1 % of each tensor, or 5 % as "top-k:0.05" |
+| fp32 | 32 | none: the values are exact |
+| bf16 | 16 | none: each value is rounded to the nearest bfloat16, ties to even |
+| int8 | 8 | a float32 for each channel (first dimension), from its largest magnitude |
+| int4 | 4.125 | a bfloat16 for each block of 128 values, from their largest magnitude |
+| 2-bit | 2.125 | a bfloat16 for each block of 128 values, by least squares |
+| top-k | 64 per kept value | none: keeps the largest 1 % exactly ("top-k:0.05" keeps 5 %) |
 
 int4 and 2-bit follow the blockwise quantization of MuLoCo (arXiv 2505.23725). "2-bit" has the four
 levels of the Lloyd-Max quantizer for a normal distribution (Max, "Quantizing for minimum
@@ -47,7 +47,7 @@ class CodecError(ValueError):
 
 @dataclass(frozen=True)
 class Codec:
-    """Packs one float32 tensor into bytes and unpacks it."""
+    """`encode` packs a float32 tensor into bytes, and `decode` makes a tensor from the bytes."""
 
     name: str
     encode: Callable[[Tensor], bytes]  # the values must be finite
@@ -76,7 +76,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _tensor(data: bytes, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-    """Return a part of `data` as a tensor. The caller must not write to the tensor."""
+    """Return `data[start:stop]` as a tensor of `dtype`. The caller must not write to the tensor."""
     raw = npy.tensor_view(np.frombuffer(data, np.uint8)[start:stop])
     # A view in a wider dtype must be aligned. Data that is not aligned is copied.
     return raw.view(dtype) if start % dtype.itemsize == 0 else raw.clone().view(dtype)

@@ -85,8 +85,8 @@ def to_arrays(
     Raises:
         TypeError: an entry is not a dense tensor with data of a supported dtype, or the module's
             `state_dict` holds extra state.
-        ValueError: two names are equal without the parts that `torch.compile` adds, or nothing is
-            selected.
+        ValueError: two names differ only in the part "_orig_mod" that `torch.compile` adds, or
+            nothing is selected.
     """
     tensors = _named_tensors(module_or_state_dict)
     record = ArrayRecord()
@@ -100,9 +100,9 @@ def load_arrays(module: nn.Module, record: ArrayRecord, *, select: Selection | N
 
     The record must hold at least one name of each tied weight. If it holds several names of one
     tied weight, their values must be equal. Averaging turns integer and bool buffers into floats.
-    Loading rounds these floats and casts them back. If a parameter or buffer is a float, loading
-    casts integers and floats of another width to its dtype. With `select` the record must hold the
-    selected entries and no others.
+    Loading rounds these floats and casts them back. A float parameter or buffer also takes integers
+    and floats of another width, and loading casts them to its dtype. With `select` the record must
+    hold the arrays of the selected entries and no others.
 
     Raises:
         ArrayMismatch: a name is missing or unexpected, a shape differs, or values cannot be cast
@@ -191,7 +191,7 @@ def describe(values: Tensor | Array | NDArray[Any]) -> str:
 def _entries(
     module_or_state_dict: nn.Module | Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> list[tuple[list[str], Entry]]:
-    """Return the names and the `Entry` of each distinct tensor."""
+    """Return the names and the `Entry` of each tensor. A tied tensor has several names."""
     owners = {}
     if isinstance(module_or_state_dict, nn.Module):
         owners = _owners(module_or_state_dict)
@@ -206,7 +206,7 @@ def _selected(
     tensors: Mapping[str, Tensor],
     select: Selection | None,
 ) -> list[list[str]]:
-    """Return the names of each distinct tensor that is selected."""
+    """Return the names of each selected tensor. A tied tensor has several names."""
     if select is None:
         return _tied_names(tensors)
     found = _entries(module_or_state_dict, tensors)
@@ -240,7 +240,7 @@ def _owners(module: nn.Module) -> dict[str, tuple[Tensor, nn.Module]]:
 
 
 def _named_tensors(module_or_state_dict: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the checked tensors of a module or state dict by their bare names."""
+    """Check the tensors of a module or state dict, and return them under their `_bare_names`."""
     if isinstance(module_or_state_dict, Mapping):
         return _bare_names(_checked(module_or_state_dict))
     if not isinstance(module_or_state_dict, nn.Module):
@@ -277,8 +277,9 @@ def _checked(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
 def _bare_names(named: Mapping[str, T], known: Container[str] = ()) -> dict[str, T]:
     """Return `named` under the names of the bare module, in the same order.
 
-    `torch.compile` adds "_orig_mod" to names, and this is always removed. The prefix "module." of
-    `DistributedDataParallel` is removed if all names have it and none of them is in `known`.
+    The part "_orig_mod", which `torch.compile` adds, is always removed. The prefix "module.", which
+    `DistributedDataParallel` adds, is removed if all names have it. It stays if one of these names
+    is in `known`, because then the bare module itself has a child called "module".
     """
     names = [".".join(part for part in name.split(".") if part != "_orig_mod") for name in named]
     while (
@@ -294,7 +295,7 @@ def _bare_names(named: Mapping[str, T], known: Container[str] = ()) -> dict[str,
 
 
 def _tied_names(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Return the names of each distinct tensor, in the order of the first names."""
+    """Put all names of one tensor into one list. The lists keep the order of `tensors`."""
     groups: dict[object, list[str]] = {}
     for name, tensor in tensors.items():
         key = (

@@ -24,7 +24,7 @@ Residual = Mapping[str, Tensor]  # the loss by array name; float32 or float64
 
 
 class Encoded(NamedTuple):
-    """Compressed arrays, and the loss from the compression."""
+    """Compressed arrays, the same arrays decoded, and the residual (what compression has lost)."""
 
     arrays: ArrayRecord  # to be sent
     decoded: ArrayRecord  # the arrays that the other side will have after decoding
@@ -34,10 +34,11 @@ class Encoded(NamedTuple):
 def encode(
     arrays: ArrayRecord, base: ArrayRecord, codec_name: str, residual: Residual | None = None
 ) -> Encoded:
-    """Compress `arrays` as deltas to `base`, after adding the `residual` of the last call.
+    """Compress `arrays` as deltas to `base`.
 
-    Only float arrays of two or more dimensions are compressed, and only if `base` has an array with
-    the same name, dtype and shape. All other arrays stay as they are.
+    The `residual` of the last call is first added to the deltas (error feedback). Only float arrays
+    of two or more dimensions are compressed, and only if `base` has an array with the same name,
+    dtype and shape. All other arrays stay as they are.
 
     Raises:
         CodecError: the codec is unknown, or a delta holds NaN, Inf or values that are too large for
@@ -113,13 +114,13 @@ def _alike(array: Array, base: Array) -> bool:
 
 
 def _wide(array: Array) -> Tensor:
-    """Return the values in single or double precision. The caller must not write to them."""
+    """Return the values, with float16 as float32. The caller must not write to the tensor."""
     values = npy.array_view(array)
     return values.float() if values.dtype == torch.float16 else values
 
 
 def _moved(base: Array, delta: Tensor) -> Array:
-    """Return `base` + `delta`. A single addition gives the same bits on server and client."""
+    """Return `base` + `delta`. This is one addition, so server and client get the same bits."""
     values = npy.array_view(base)
     moved = torch.empty_like(values)
     torch.add(values, delta, out=moved)

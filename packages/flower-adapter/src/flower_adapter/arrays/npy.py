@@ -66,9 +66,9 @@ def cast(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
 def tensor_view(values: NDArray[Any]) -> Tensor:
     """Return a tensor that shares the memory of `values`. The caller must not write to the tensor.
 
-    Values that are not in C order are copied. torch has no read-only tensors, so it would warn if
-    `values` are read-only. To avoid the warning, the tensor is then made from a view through
-    ctypes, which does not have the read-only flag. The tensor keeps `values` alive.
+    Values that are not in C order are copied. torch has no read-only tensors, so it warns about a
+    read-only array. To avoid this warning, a read-only array is first wrapped in a ctypes view,
+    which does not have the read-only flag. The tensor keeps `values` alive.
     """
     values = np.asarray(values, order="C")
     if values.flags.writeable or values.size == 0:
@@ -108,7 +108,7 @@ def _header_size(data: bytes) -> int:
 
 @lru_cache(maxsize=1024)  # parsing a header takes longer than adding an array to a sum
 def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Return the shape, the Fortran order and the dtype that a header describes."""
+    """Read a header. Return the shape, whether the order is Fortran order, and the dtype."""
     stream = BytesIO(header)
     if np.lib.format.read_magic(stream) == (1, 0):
         return np.lib.format.read_array_header_1_0(stream)

@@ -1,1 +1,1 @@
-"""The client: its ClientApp, its state between rounds, and the mods around it."""
+"""The client: its ClientApp, its state between rounds, and its mods."""

@@ -46,8 +46,8 @@ def torch_client_app(
 ) -> ClientApp:
     """Return a ClientApp that trains and evaluates the model that the server sends.
 
-    A train message goes through three steps. `build_model(config, context)` makes the model, which
-    then gets the server's arrays. `train(model, config, context)` trains it and returns metrics.
+    For each train message, `build_model(config, context)` makes the model, and the server's arrays
+    are loaded into it. Then `train(model, config, context)` trains the model and returns metrics.
     The reply carries the model's arrays and these metrics. An evaluate message calls `evaluate` in
     the same way, and its reply carries metrics only. Without `evaluate` the client cannot answer
     evaluate messages, so the strategy needs `fraction_evaluate=0`.
@@ -60,14 +60,14 @@ def torch_client_app(
             example a digest of the client's data. The default is "partition 0007" for
             partition-id 7. Without a partition-id the default is the node id, which is new in every
             run.
-        queries: functions that answer the server's query messages, by name. A message of type
-            "query.vocabulary" calls the function with the name "vocabulary". The reply carries the
+        queries: functions that answer the server's query messages, by name. The function named
+            "vocabulary" answers messages of type "query.vocabulary". The reply carries the
             function's result as the record "client".
         select: chooses the arrays that travel (see `flower_adapter.arrays.selection`). Trained
             parameters and buffers that are not selected stay in the client's context from round to
             round. Frozen parameters that are not selected keep the values from `build_model`.
         mods: mods from Flower and from this package, the outermost first, for example
-            `[DiskState("state"), compression_mod]`.
+            `[DiskState("/data/state"), compression_mod]`.
 
     If one of the functions raises ValueError (such as ArrayMismatch), ArithmeticError or OSError,
     the client logs the exception with its traceback. The server gets the exception's class and

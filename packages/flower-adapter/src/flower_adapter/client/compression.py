@@ -1,4 +1,4 @@
-"""This mod decodes the messages to a client and compresses the client's replies."""
+"""A Flower mod that decodes the messages to a client and compresses the client's replies."""
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 
@@ -17,13 +17,15 @@ def compression_mod(message: Message, context: Context, call_next: ClientAppCall
     """Decode the message and compress the reply: `ClientApp(mods=[compression_mod])`.
 
     The server's message names the codecs, so the mod has no settings. If the server does not use
-    compression, the mod changes nothing. Put `DiskState` before this mod. Put mods that read
-    arrays after it, such as Flower's mods for clipping and local privacy.
+    compression, the mod changes nothing. Put `DiskState` before this mod. Mods that read arrays,
+    such as Flower's mods for clipping and local privacy, come after this mod.
 
-    The client keeps two states in its context. One is the model to which the server's next delta is
-    added. The other is the loss of the last reply, which is added to the next reply (error
-    feedback). If a message cannot be decoded, or a reply cannot be encoded, the server gets an
-    error reply.
+    The mod keeps two states in the client's context:
+    - the model to which the server's next delta is added,
+    - the residual, which is what the compression of the last reply has lost. The residual is added
+      to the next reply (error feedback).
+
+    If a message cannot be decoded, or a reply cannot be encoded, the server gets an error reply.
     """
     if protocol.COMPRESSION not in message.content:
         return call_next(message, context)
@@ -51,7 +53,10 @@ def compression_mod(message: Message, context: Context, call_next: ClientAppCall
 def _decode(
     content: RecordDict, context: Context, header: protocol.CompressionHeader
 ) -> tuple[str | None, ArrayRecord]:
-    """Return the key of the ArrayRecord in the message, and the decoded arrays."""
+    """Return the key of the message's ArrayRecord, and the decoded arrays.
+
+    The key is None if the message holds no ArrayRecord.
+    """
     records = list(content.array_records.items())
     if not records:
         return None, ArrayRecord()
@@ -81,7 +86,7 @@ def _encode(
     context: Context,
     header: protocol.CompressionHeader,
 ) -> None:
-    """Compress the reply's arrays in place, and save the loss for the next reply."""
+    """Compress the reply's arrays in place, and save the residual for the next reply."""
     for key, arrays in list(content.array_records.items()):
         saved = restore_state(context, name=_RESIDUAL)
         residual = saved["residual"] if saved and saved["codec"] == header.uplink else None

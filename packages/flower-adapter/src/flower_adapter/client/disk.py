@@ -1,4 +1,4 @@
-"""This mod saves a client's context in a directory, so that a restart does not lose it."""
+"""A Flower mod that saves a client's context on disk, so that the context survives a restart."""
 
 import hashlib
 import logging
@@ -25,16 +25,16 @@ _logger = logging.getLogger("flwr")
 
 
 class DiskState:
-    """A Flower mod that keeps `context.state` on disk: `ClientApp(mods=[DiskState("state")])`.
+    """A Flower mod that keeps `context.state` on disk: `ClientApp(mods=[DiskState("/data/state")])`.
 
     After each train message the mod writes the whole `context.state` atomically to
     `<directory>/<label>/<run>/round-<n>.safetensors`. The state includes, for example, the
     optimizer and the error feedback. Before a train message of round n the mod restores the state
     from the client's last training before round n. Before an evaluate message of round n it
-    restores the state from the last training up to round n. If a run resumes after an earlier
-    round, each client therefore gets back the state that it had after that round. State that an
-    abandoned attempt saved after that round is deleted. If a train message fails, its changes to
-    the context are undone.
+    restores the state from the client's last training up to round n. If a run resumes after round
+    7, each client therefore gets back the state that it had after round 7. The states that it had
+    saved in later rounds are deleted. If a train message fails, its changes to the context are
+    undone.
 
     `<run>` is the run id that `Checkpoints` puts into the server's messages. This id stays the same
     after a resume, so a resumed run finds the saved state. Without checkpoints, `<run>` is Flower's
@@ -114,21 +114,21 @@ class DiskState:
 class _RunFiles(NamedTuple):
     """The files of one client in one run.
 
-    Each resume starts a new attempt, which continues after the round of a checkpoint. The new
-    attempt uses the files that earlier attempts wrote up to this round. It does not use their files
-    from later rounds.
+    A run resumes from a checkpoint, and each resume starts a new attempt. The new attempt uses the
+    files that earlier attempts wrote up to the round of the checkpoint. The files that they wrote
+    in later rounds are abandoned.
     """
 
     directory: Path
     attempts: list[tuple[int, str]]  # for each resume: the round before the resume, attempt id
 
     def path(self, server_round: int) -> Path:
-        """Return the file of a round in this attempt."""
+        """Return the path at which the current attempt saves the state of a round."""
         suffix = f"-{self.attempts[-1][1]}" if self.attempts else ""
         return self.directory / f"round-{server_round:06d}{suffix}.safetensors"
 
     def rounds(self) -> list[tuple[int, Path]]:
-        """Return (round, file) for each round that this attempt can use, oldest round first."""
+        """Return (round, path) of each file that the current attempt can use, oldest first."""
         newest: dict[int, tuple[int, Path]] = {}
         for at, attempt, path in self.all():
             if self._is_ours(at, attempt):
@@ -136,7 +136,7 @@ class _RunFiles(NamedTuple):
         return [(at, path) for at, (_, path) in sorted(newest.items())]
 
     def abandoned(self) -> list[Path]:
-        """Return the files that this attempt cannot use."""
+        """Return the paths of the files that the current attempt cannot use (see `_RunFiles`)."""
         return [path for at, attempt, path in self.all() if not self._is_ours(at, attempt)]
 
     def _number(self, attempt: str) -> int:
@@ -155,7 +155,7 @@ class _RunFiles(NamedTuple):
 
 
 def _restore(files: _RunFiles, context: Context, run: str, latest: int) -> None:
-    """Restore `context.state` from the last training up to round `latest`."""
+    """Load the newest state that was saved up to round `latest` into `context.state`."""
     rounds = files.rounds()
     before = [path for at, path in rounds if at <= latest]
     if not before:
@@ -183,9 +183,10 @@ def _restore(files: _RunFiles, context: Context, run: str, latest: int) -> None:
 
 
 def _undoing_failures(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Return the reply to a train message. If the training fails, clear the context.
+    """Return the reply to a train message. If the training fails, clear `context.state`.
 
-    Before the next train or evaluate message `_restore` then loads the last saved state.
+    This undoes the changes of the failed training: when the next train or evaluate message arrives,
+    `_restore` loads the last saved state.
     """
     context.state.pop(_MARK, None)
     failed = True

@@ -1,4 +1,4 @@
-"""Log errors on a client and answer them with error replies."""
+"""Log an error on the client, and build the error reply to the server."""
 
 import logging
 

@@ -41,8 +41,8 @@ def save_state(
     A state may be an object with a `state_dict()` (an optimizer, a scheduler, a module, a data
     loader), a random generator of torch, numpy or Python, or nested dicts, lists, tuples, tensors,
     numpy arrays, numbers and strings. The model `valid_for` itself is not saved, only the names,
-    shapes and dtypes of its parameters and buffers. `restore_state` compares them with those of the
-    model that it gets, and drops the state if they differ.
+    shapes and dtypes of its parameters and buffers. If `restore_state` is called with a model that
+    has other names, shapes or dtypes, it drops the state.
 
     Returns:
         the number of bytes that the state takes in the context. This number is also logged at debug
@@ -120,7 +120,10 @@ def drop_state(context: Context, *, name: str = "state") -> None:
 
 
 def state_of(value: Any) -> Any:
-    """Return the state of a generator or an object with `state_dict`, else return `value`."""
+    """Return the state of a random generator or of an object with `state_dict`.
+
+    Any other value is returned unchanged.
+    """
     if isinstance(value, torch.Generator):
         return value.get_state()
     if isinstance(value, np.random.Generator):
@@ -131,7 +134,7 @@ def state_of(value: Any) -> Any:
 
 
 def load_state(target: Any, state: Any) -> None:
-    """Load a state that `state_of` returned."""
+    """Load `state`, which comes from `state_of`, into `target`."""
     if isinstance(target, torch.Generator):
         target.set_state(state)
     elif isinstance(target, np.random.Generator):
@@ -143,7 +146,11 @@ def load_state(target: Any, state: Any) -> None:
 
 
 def _load_all(states: Mapping[str, Any], targets: Mapping[str, Any]) -> list[str]:
-    """Load all targets. If one rejects its state, restore all targets and return the reason."""
+    """Load the saved state of each target, and return an empty list.
+
+    If a target rejects its state, all targets get back the states that they had before, and the
+    list holds the reason.
+    """
     before = {key: copy.deepcopy(state_of(target)) for key, target in targets.items()}
     for key, target in targets.items():
         try:

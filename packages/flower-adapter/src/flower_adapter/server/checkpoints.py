@@ -1,11 +1,11 @@
-"""Write and read checkpoints of a run. Each checkpoint is a directory, complete or absent.
+"""Write and read checkpoints of a run. Each checkpoint is a directory.
 
     <directory>/round-000004/arrays.safetensors   the global arrays, readable without this package
                              state.safetensors    the other fields of `Checkpoint`
                              round.json           the format, the run id and the record of the round
 
-The files are first written and synced in a temporary directory. One rename then moves this
-directory to its final place. The module does not use pickle.
+No checkpoint is ever half-written. Its files are first written and synced in a temporary directory.
+One rename then moves this directory to its final place. The module does not use pickle.
 """
 
 import json
@@ -57,20 +57,20 @@ class Checkpoint:
 class Checkpoints:
     """Write a checkpoint to `directory` after every round, and find the one to resume from.
 
-    The last `keep` checkpoints and the best checkpoint stay. Only one process at a time can write
-    into a directory.
+    Old checkpoints are removed, except the last `keep` and the best one. Only one process at a time
+    can write into a directory.
 
     Args:
         directory: holds the checkpoints and nothing else. It is made if it does not exist.
         keep: how many of the last checkpoints stay, at least 1.
-        best: the name of a metric from the server's evaluation. If the server has no such metric,
-            the clients' evaluation is used. The checkpoint with the lowest value also stays.
-        highest_is_best: True if the checkpoint with the highest value should stay instead.
-        resume: True continues after the newest checkpoint in `directory`. A path to a checkpoint
-            continues after this checkpoint. A path to another directory continues after the newest
-            checkpoint in that directory. If the directory holds no checkpoint yet, the run starts
-            at round 1. False starts a new run. It is then an error if `directory` already holds
-            checkpoints.
+        best: the name of a metric. The checkpoint with the lowest value of this metric is the best
+            one. The value comes from the server's evaluation, or from the clients' evaluation if
+            the server's evaluation has no such metric. With None only the last `keep` stay.
+        highest_is_best: True if the checkpoint with the highest value is the best one.
+        resume: False starts a new run, and `directory` must not hold checkpoints. True continues
+            from the newest checkpoint in `directory`. A path is either a checkpoint to continue
+            from, or another directory whose newest checkpoint is used. If this directory and
+            `directory` hold no checkpoint yet, the run starts at round 1.
     """
 
     def __init__(
@@ -118,9 +118,10 @@ class Checkpoints:
         """Return the checkpoint from which the run continues, or None to start at round 1.
 
         Raises:
-            CheckpointError: the directory holds checkpoints that the run would overwrite, or the
-                checkpoint is damaged or belongs to another model.
-            FileNotFoundError: the path to resume does not exist.
+            CheckpointError: `directory` holds checkpoints that the run would overwrite, or the
+                checkpoint to resume from is damaged or belongs to another model.
+            FileNotFoundError: the path to resume from does not exist, or it holds no checkpoint
+                although `directory` holds one.
         """
         _remove_leftovers(self.directory)
         here = list_checkpoints(self.directory)

@@ -18,20 +18,23 @@ logger = logging.getLogger("flwr")
 class Compression:
     """Codecs for the arrays between server and clients. Clients need `compression_mod`.
 
-    Uplink: a reply is a delta to the model that the client received. The client adds the loss from
-    encoding this delta to its next reply (error feedback).
+    Uplink: a reply is a delta to the model that the client received. Encoding loses a part of this
+    delta. The client keeps this loss and adds it to its next delta (error feedback).
 
     Downlink: encoding loses something, so the model that clients decode differs a little from the
-    server's model. The server keeps a copy of this decoded model. The next message is a delta from
-    the copy to the server's new model, so it also corrects the last loss. A client that holds the
-    previous decoded model gets this delta. A client that already holds the new decoded model gets
-    no arrays. Any other client gets the whole new decoded model. Such a client is new, did not take
-    part in the last round, or failed to answer the last message, for example because it restarted
-    and lost its state.
+    server's model. The server keeps a copy of this decoded model. When the server has a new model,
+    it encodes the delta from the copy to the new model. This delta therefore also corrects the loss
+    of the last delta. What a client gets depends on the model that it holds:
+    - A client that holds the previous decoded model gets the delta.
+    - A client that already holds the new decoded model gets no arrays.
+    - Any other client gets the whole new decoded model. Such a client is new, did not take part in
+      the last round, or failed to answer the last message, for example because it restarted and
+      lost its state.
 
     Args:
-        uplink: codec for the replies, a name from `flower_adapter.arrays.codecs`. "fp32" is exact.
-        downlink: codec for the messages, a name from the same list.
+        uplink: codec for the replies, a name from `flower_adapter.arrays.codecs`.
+        downlink: codec for the messages, a name from the same list. If both codecs are "fp32",
+            arrays are sent unchanged.
 
     Raises:
         CodecError: a codec is unknown.
@@ -63,7 +66,8 @@ class Compression:
         """Return the arrays to send to a node, and the header that describes them.
 
         Raises:
-            CodecError: the model has changed by NaN, Inf or values too large for the codec.
+            CodecError: the delta from the last model to `arrays` holds NaN, Inf or values that are
+                too large for the codec.
         """
         self._follow(arrays)
         # Only a reply shows which version a client holds. The server therefore forgets the client's
@@ -107,7 +111,11 @@ class Compression:
         self._version = "" if self.downlink == EXACT else uuid4().hex
 
     def _follow(self, arrays: ArrayRecord) -> None:
-        """Update the delta and the copy if `arrays` differ from the server's last model."""
+        """Store `arrays` as the server's model and update the clients' copy, if `arrays` are new.
+
+        With a lossy downlink codec, encode the delta from the old copy to `arrays`. Decoding this
+        delta gives the new copy.
+        """
         if same_arrays(arrays, self._exact):
             return
         self._exact = arrays

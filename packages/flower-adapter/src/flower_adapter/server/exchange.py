@@ -57,8 +57,8 @@ class Exchange:
             phase: "train" or "evaluate".
             messages: the strategy's messages, one for each client.
             arrays: the global arrays, which the messages carry.
-            record: the round's record. This method adds to it the bytes sent and received, and each
-                client that was left out, with the reason.
+            record: the round's record. This method adds the bytes sent and received to the record.
+                It also adds each client that was left out, with the reason.
             store: keeps the arrays of the replies.
         """
         messages = self._compressed(messages)

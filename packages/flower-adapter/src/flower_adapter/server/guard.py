@@ -16,7 +16,7 @@ FEWEST_OTHERS = 2  # how many other norms above 0 a comparison needs
 
 @dataclass(frozen=True)
 class Guard:
-    """Rules for the replies of a round.
+    """The rules that decide which replies of a round count.
 
     A train reply is left out if
     - it carries an error or cannot be decoded,
@@ -24,12 +24,12 @@ class Guard:
     - its arrays have other names, shapes or dtypes than the arrays that were sent,
     - its arrays hold NaN or Inf,
     - its weight (the strategy's `weighted_by_key`, else "num-examples") is not a positive number,
-    - another metric is not finite,
-    - the L2 norm of its update is above `max_norm_ratio` times the median of the others' norms.
+    - another metric is NaN or Inf,
+    - the L2 norm of its update is above `max_norm_ratio` times the median of the other norms.
 
-    The last rule needs at least three replies: two replies cannot show which one is wrong. Updates
-    of norm 0 are not counted in the median. An evaluate reply holds no arrays, so only the rules
-    for errors and metrics apply.
+    The last rule ignores updates of norm 0. It needs at least three updates with a norm above 0,
+    because two updates cannot show which one is wrong. An evaluate reply holds no arrays, so only
+    the rules for errors and metrics apply to it. The weight is one of the metrics.
 
     Args:
         min_replies: how many good replies a phase (training or evaluation) needs, at least 1. A
@@ -55,7 +55,7 @@ class Guard:
 
         Args:
             reply: the decoded content of the reply.
-            weight_key: the metric that weights the reply.
+            weight_key: the name of the metric that the strategy uses as the reply's weight.
             sent: the global arrays that were sent to the client, or None for an evaluate reply.
                 With None the method returns 0.
 

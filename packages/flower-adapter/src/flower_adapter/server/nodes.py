@@ -22,11 +22,11 @@ Configure = Callable[[Grid], Iterable[Message]]
 class Nodes:
     """The labels of all nodes in a run, and the choice of nodes for each phase.
 
-    Flower gives nodes new random ids in every run, and samples nodes with Python's global random
-    generator without a seed. The clients of `torch_client_app` can have a label that is the same in
-    every run. With a seed, nodes are therefore sorted by label before the strategy samples. Replies
-    are always sorted by label before the strategy averages. Nodes without a label come last, in the
-    order of their ids.
+    Flower gives nodes new random ids in every run. It samples nodes with Python's global random
+    generator, and sets no seed. The clients of `torch_client_app` can have a label that is the same
+    in every run. If `seed` is given, nodes are sorted by label before the strategy samples, so that
+    the same seed gives the same sample. Replies are always sorted by label before the strategy
+    averages. Nodes without a label come last, in the order of their ids.
     """
 
     def __init__(self, grid: Grid, seed: int | None) -> None:
@@ -44,7 +44,7 @@ class Nodes:
         return label is None, label or "", node
 
     def learn(self, labels: Mapping[int, str | None]) -> None:
-        """Store the labels from replies. With a seed, warn of missing and of equal labels."""
+        """Store the labels from replies. With a seed, warn if labels are missing or equal."""
         self._labels.update({node: label for node, label in labels.items() if label is not None})
         if self._seed is not None and len(labels) > 1:
             _warn_of_missing_labels(labels)
@@ -52,10 +52,10 @@ class Nodes:
     def choose(self, configure: Configure, name: str) -> list[Message]:
         """Let the strategy choose nodes, and return its messages.
 
-        With a seed, the seed and `name` set Python's global random generator during the choice. The
-        generator's state is restored afterwards. If the strategy leaves out some nodes, the choice
-        depends on the labels of all nodes. Each node that has never sent a label is then asked once
-        for it, and the strategy chooses again.
+        With a seed, Python's global random generator is seeded with the seed and `name` before the
+        choice, and gets its old state back afterwards. A choice that leaves out some nodes depends
+        on the labels of all nodes. In this case, each node without a known label is asked for its
+        label, once in a run, and the strategy chooses again.
         """
         if self._seed is None:
             return list(configure(self._grid))

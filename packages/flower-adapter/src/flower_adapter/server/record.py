@@ -68,7 +68,7 @@ class RoundRecord:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """Return the record from the dicts that `to_dict` returned."""
+        """Rebuild a record from the dicts that `to_dict` returned."""
         clients = ("train_clients", "evaluate_clients")
         rebuilt = {name: [ClientRecord(**client) for client in fields[name]] for name in clients}
         left_out = [LeftOut(**client) for client in fields["left_out"]]

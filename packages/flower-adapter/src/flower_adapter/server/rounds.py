@@ -100,20 +100,21 @@ def run_rounds(
         evaluate_fn: evaluates the global arrays on the server, before the first round and after
             each round.
         on_round: a function that gets the record of each round after the checkpoint is written. The
-            first call is for round 0. A resumed run first calls it for each round before the
-            resume. Of these records, only the last one has `arrays`.
+            first call is for round 0. A resumed run first calls `on_round` again for each round
+            before the resume. In these calls only the last record has `arrays`.
         reply_memory: how many bytes of replies stay in memory during a phase. Further replies stay
             in a temporary file until they are aggregated.
 
     Raises:
         CheckpointError: another run uses the directory of the checkpoints, this run would overwrite
             checkpoints, or the checkpoint to resume from is damaged or does not fit this run.
-        CodecError: with `compression`, the global arrays have changed by NaN, Inf or values too
-            large for the codec, or the strategy sends different models to different clients.
-            Compression needs one model for all clients.
-        FileNotFoundError: the path to resume from does not exist.
-        RoundFailed: a phase has failed in `guard.max_failed_rounds` rounds in a row, or in all
-            rounds.
+        CodecError: with `compression`, the delta to the new global arrays holds NaN, Inf or values
+            that are too large for the codec, or the strategy sends different models to different
+            clients. Compression needs one model for all clients.
+        FileNotFoundError: the path to resume from does not exist, or it holds no checkpoint
+            although the directory of `checkpoints` holds one.
+        RoundFailed: a phase has failed in `guard.max_failed_rounds` rounds in a row. If the run has
+            fewer rounds, the phase has failed in all of them.
         TypeError: `strategy` is not a Flower strategy, or checkpoints cannot save its state.
     """
     if not isinstance(strategy, Strategy):
@@ -171,7 +172,7 @@ def run_rounds(
 
 @dataclass
 class _Federation:
-    """The parts of a run, with one method for each phase of a round."""
+    """Holds the parts of a run. `train` and `evaluate` run the two phases of a round."""
 
     strategy: Strategy
     nodes: Nodes
@@ -274,7 +275,7 @@ class _Federation:
     def _next_arrays(
         self, arrays: ArrayRecord, aggregate: ArrayRecord | None
     ) -> tuple[ArrayRecord, str]:
-        """Return the next global arrays, and the reason if they are unusable, else ""."""
+        """Return the next global arrays, and a text that says why they are unusable, or ""."""
         if aggregate is None:
             return arrays, ""
         if self.guard is not None:
@@ -287,7 +288,7 @@ class _Federation:
         return moved, "" if self.guard is None else not_finite(moved)
 
     def _fail(self, phase: str, reason: str, state: Checkpoint, record: RoundRecord) -> None:
-        """Count a failed phase. Raise `RoundFailed` if it failed in too many rounds in a row."""
+        """Count a failed phase. Raise `RoundFailed` after too many failed rounds in a row."""
         assert self.guard is not None
         record.failures.append(f"{phase}: {reason}")
         in_a_row = state.failed_rounds.get(phase, 0) + 1

@@ -58,8 +58,9 @@ def strategy_state(strategy: object) -> list[list[Any]]:
     """Return the class name and state of a strategy and of each strategy inside it.
 
     Raises:
-        TypeError: a strategy does not come from Flower and lacks `state_dict` or
-            `load_state_dict`, or it has an accountant, whose state cannot be saved.
+        TypeError: a strategy is not one of Flower's own and lacks `state_dict` or
+            `load_state_dict`, or a strategy of Flower has a privacy accountant. The accountant's
+            state cannot be saved.
     """
     return [[type(inner).__name__, _state(inner)] for inner in with_inner(strategy)]
 
