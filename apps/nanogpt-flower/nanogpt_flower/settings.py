@@ -197,8 +197,8 @@ class Settings:
     )
     sample_prompt: str = _text(
         "",
-        "Start of the sample. If it is empty, the sample starts with a line break or, if the corpus "
-        "has none, with the first character of the vocabulary.",
+        "Start of the sample. If it is empty, the sample starts with a line break or, if the "
+        "corpus has none, with the first character of the vocabulary.",
         "a text of characters that the corpus has, or empty",
         may_be_empty=True,
     )

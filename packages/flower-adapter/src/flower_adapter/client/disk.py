@@ -25,7 +25,9 @@ _logger = logging.getLogger("flwr")
 
 
 class DiskState:
-    """A Flower mod that keeps `context.state` on disk: `ClientApp(mods=[DiskState("/data/state")])`.
+    """A Flower mod that keeps `context.state` on disk.
+
+    Use it as in `ClientApp(mods=[DiskState("/data/state")])`.
 
     After each train message the mod writes the whole `context.state` atomically to
     `<directory>/<label>/<run>/round-<n>.safetensors`. The state includes, for example, the
