@@ -90,8 +90,8 @@ class CharTokenizer:
         With this table, one look-up encodes two characters. Each character is one byte, and the two
         bytes together are the index, a uint16. Each id is a uint16, and the two ids together are
         the value in the table, a uint32. A character outside the vocabulary has 2^16 - 1 in place
-        of an id. No character in this table has the id 2^16 - 1, because Latin-1 has only 256
-        characters.
+        of an id. This is never the id of a Latin-1 character: ids follow the order of the code
+        points, so these ids are at most 255.
         """
         byte = np.full(256, 2**16 - 1, dtype=np.uint16)
         codes = self._codes[self._codes < 256]

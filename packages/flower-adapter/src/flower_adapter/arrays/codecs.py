@@ -214,9 +214,10 @@ def _top_k(name: str, parameter: str) -> Codec:
 
 
 def _four_levels() -> NDArray[np.complex128]:
-    """Return the four float32 values in each byte of 2-bit, as complex128 (256,).
+    """Return a table (256,) that decodes a byte of the codec "2-bit".
 
-    numpy looks up single numbers of 16 bytes ten times as fast as rows of four float32.
+    A byte holds four codes, which stand for four float32 values. The table holds these 16 bytes as
+    one complex128, because numpy looks up single numbers ten times as fast as rows of four.
     """
     levels = np.array([_LOW, _HIGH, -_LOW, -_HIGH], np.float32)
     codes = np.arange(256)[:, None] >> np.array([0, 2, 4, 6]) & 3  # (256, 4)

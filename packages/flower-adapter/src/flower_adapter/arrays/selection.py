@@ -1,6 +1,6 @@
-"""Select the parameters and buffers that travel, with `select=` of `to_arrays` and `load_arrays`.
+"""Selections for the argument `select=` of `to_arrays` and `load_arrays`.
 
-A selection takes an `Entry` and returns True or False. This module holds common selections, and a
+They choose which parameters and buffers are sent. A selection takes an `Entry` and returns True or False. This module holds common selections, and a
 lambda works as well. An entry that is not selected is not sent, so it keeps its value on the server
 and on the client.
 """

@@ -125,5 +125,5 @@ class _InFile:
 
 
 def num_bytes(arrays: ArrayRecord) -> int:
-    """Return the number of bytes that the arrays take when they travel."""
+    """Return the number of bytes that the arrays take in a message."""
     return sum(len(array.data) for array in arrays.values())
