@@ -67,6 +67,23 @@ def truncated() -> RecordDict:
     return content
 
 
+def with_header(header: bytes) -> RecordDict:
+    """Return a reply with this text in the place of the header that `numpy.save` writes."""
+    content = with_arrays()
+    data = content["arrays"]["w"].data
+    text = header.ljust(data.index(b"\n") - 10) + b"\n"
+    content["arrays"]["w"].data = data[:10] + text + data[data.index(b"\n") + 1 :]
+    return content
+
+
+def declared(**fields: Any) -> RecordDict:
+    """Return a reply whose array declares something else than it holds."""
+    content = with_arrays()
+    for name, value in fields.items():
+        setattr(content["arrays"]["w"], name, value)
+    return content
+
+
 # Replies that must not count, each with the reason.
 BAD_REPLIES: dict[str, tuple[RecordDict, str]] = {
     "nan": (with_arrays(w=np.array([1, np.nan], np.float32)), "w holds NaN or Inf (1 of 2 values)"),
@@ -78,6 +95,11 @@ BAD_REPLIES: dict[str, tuple[RecordDict, str]] = {
         "w is float32 (3,), should be float32 (2,)",
     ),
     "other dtype": (with_arrays(w=np.zeros(2)), "w is float64 (2,), should be float32 (2,)"),
+    "header": (with_header(b"{[]: 1}"), "w has the header '{[]: 1}"),
+    "header without end": (with_header(b"(((("), "w has the header '(((("),
+    "other dtype than declared": (declared(dtype="int64"), "w says int64 (2,), but holds float32"),
+    "unknown dtype declared": (declared(dtype="garbage"), "w says garbage (2,), but holds"),
+    "other shape than declared": (declared(shape=(7, 7)), "w says float32 (7, 7), but holds"),
     "truncated": (truncated(), "w holds 7 bytes, should hold 8"),
     "no arrays": (without("arrays"), "holds 0 ArrayRecords, should hold one"),
     "two records of arrays": (
@@ -90,6 +112,7 @@ BAD_REPLIES: dict[str, tuple[RecordDict, str]] = {
         with_metrics(num_examples=0),
         "num-examples is 0, should be a positive number",
     ),
+    "weight too large": (with_metrics(num_examples=2.0**54), "num-examples is 1.8"),
     "weight negative": (with_metrics(num_examples=-1), "num-examples is -1"),
     "weight nan": (with_metrics(num_examples=float("nan")), "num-examples is nan"),
     "weight inf": (with_metrics(num_examples=float("inf")), "num-examples is inf"),

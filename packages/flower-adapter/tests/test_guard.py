@@ -1,5 +1,6 @@
 import re
 from dataclasses import FrozenInstanceError
+from statistics import median_high
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,11 @@ def check(reply: RecordDict, weight_key: str = "num-examples") -> float:
 
 
 def left_out(*norms: float, **settings: Any) -> set[int]:
-    return set(Guard(**settings).outliers(norms))
+    return set(Guard(**settings).outliers(norms, [1.0] * len(norms)))
+
+
+def overweight(*weights: float, **settings: Any) -> set[int]:
+    return set(Guard(**settings).outliers([1.0] * len(weights), weights))
 
 
 @pytest.mark.parametrize("kind", BAD_REPLIES)
@@ -121,7 +126,7 @@ def test_a_guard_needs_sensible_numbers(arguments: dict[str, Any], message: str)
 
 def test_a_guard_is_its_settings_and_nothing_else() -> None:
     guard = Guard(min_replies=2)
-    guard.outliers([1.0, 1.0, 1e6])
+    guard.outliers([1.0, 1.0, 1e6], [1.0, 1e6, 1.0])
     with pytest.raises(ValueError, match="holds 0"):
         guard.check(without("metrics"), "tokens", SENT)
     assert guard == Guard(min_replies=2)
@@ -135,7 +140,7 @@ def test_an_update_a_thousand_times_the_others_is_an_outlier_wherever_it_stands(
 ) -> None:
     norms = [1.0] * 7
     norms[place] = 1000.0
-    assert Guard().outliers(norms) == {
+    assert Guard().outliers(norms, [1.0] * 7) == {
         place: "its update has norm 1000, should be at most 100 times 1, the median of the others"
     }
 
@@ -187,6 +192,32 @@ def test_three_of_fifty_far_too_long_updates_are_outliers_and_no_other_is(
     norms = np.random.default_rng(0).uniform(0.5, 2.0, 50)
     norms[list(places)] *= 1e6
     assert left_out(*norms) == set(places)
+
+
+@given(st.lists(st.sampled_from([0.0, 1e-3, 1.0, 3.0, 1e3, 1e6]), max_size=9))
+def test_each_norm_is_compared_with_the_median_of_the_others(norms: list[float]) -> None:
+    expected = set()
+    for index, norm in enumerate(norms):
+        others = [other for k, other in enumerate(norms) if k != index and other > 0]
+        if len(others) >= 2 and norm > 100 * median_high(others):
+            expected.add(index)
+    assert left_out(*norms) == expected
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_client_that_claims_far_more_examples_than_the_others_is_an_outlier(place: int) -> None:
+    weights = [1e3] * 5
+    weights[place] = 1e7
+    assert Guard().outliers([1.0] * 5, weights) == {
+        place: "its weight is 1e+07, should be at most 1000 times 1000, the median of the others"
+    }
+
+
+def test_of_two_weights_none_is_an_outlier_and_none_lets_every_weight_pass() -> None:
+    assert overweight(1.0, 1e9) == set()
+    assert overweight(1.0, 1.0, 1e9) == {2}
+    assert overweight(1.0, 1.0, 1e9, max_weight_ratio=None) == set()
+    assert overweight(1.0, 1.0, 999.0) == set()
 
 
 @given(st.lists(st.sampled_from([0.0, 1e-3, 1.0, 3.0, 1e3, 1e6]), max_size=9), st.randoms())

@@ -7,6 +7,7 @@ place.
 
 import ctypes
 import math
+import re
 from functools import lru_cache
 from io import BytesIO
 from typing import Any
@@ -19,6 +20,10 @@ from torch import Tensor
 
 STYPE = "numpy.ndarray"  # Flower's name for this serialization
 _MAX_HEADER = 10_000  # bytes, the limit of numpy.load
+_HEADER = re.compile(
+    r"\{'descr': '([<>|=][a-zA-Z]\d*(?:\[\d*\w+\])?)', 'fortran_order': (True|False), "
+    r"'shape': \((\d+,|\d+(?:, \d+)+)?\), \} *\n"
+)
 
 
 def to_array(values: NDArray[Any]) -> Array:
@@ -32,8 +37,8 @@ def from_array(array: Array) -> NDArray[Any]:
     """Return the values of `array` as a read-only view of its bytes.
 
     Raises:
-        ValueError: the bytes are not exactly one array in numpy's format 1.0 or 2.0, or the array
-            would need pickle.
+        ValueError: the bytes are not exactly one array in numpy's format 1.0 or 2.0, the array
+            would need pickle, or its dtype or shape is not the one that `array` declares.
     """
     if array.stype != STYPE:
         raise ValueError(f"is serialized as {array.stype!r}, should be {STYPE!r}")
@@ -41,6 +46,8 @@ def from_array(array: Array) -> NDArray[Any]:
     shape, fortran_order, dtype = _read_header(array.data[:start])
     if dtype.hasobject:
         raise ValueError(f"has dtype {dtype}, which holds Python objects")
+    if array.dtype != str(dtype) or tuple(array.shape) != shape:
+        raise ValueError(f"says {array.dtype} {tuple(array.shape)}, but holds {dtype} {shape}")
     size, available = math.prod(shape) * dtype.itemsize, len(array.data) - start
     if size != available:
         raise ValueError(f"holds {available} bytes, should hold {size} for {dtype} {shape}")
@@ -108,8 +115,19 @@ def _header_size(data: bytes) -> int:
 
 @lru_cache(maxsize=1024)  # parsing a header takes longer than adding an array to a sum
 def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Read a header. Return the shape, whether the order is Fortran order, and the dtype."""
-    stream = BytesIO(header)
-    if np.lib.format.read_magic(stream) == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream)
-    return np.lib.format.read_array_header_2_0(stream)
+    """Read a header. Return the shape, whether the order is Fortran order, and the dtype.
+
+    numpy's own reader parses the header as Python code, which can fail in many ways. This reader
+    takes only the form that `numpy.save` writes for an array without fields.
+    """
+    text = header[10 if header[6] == 1 else 12 :].decode("latin-1")
+    match = _HEADER.fullmatch(text)
+    if match is None:
+        raise ValueError(f"has the header {text[:80]!r}, should have one that numpy.save writes")
+    descr, fortran_order, shape = match.groups()
+    try:
+        dtype = np.dtype(descr)
+    except TypeError as error:
+        raise ValueError(f"has the unknown dtype {descr!r}") from error
+    sizes = tuple(int(size) for size in (shape or "").split(",") if size.strip())
+    return sizes, fortran_order == "True", dtype

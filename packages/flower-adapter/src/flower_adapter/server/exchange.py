@@ -153,7 +153,10 @@ class Exchange:
         ordered = sorted(replies, key=lambda reply: self.nodes.order(reply.client.node))
         if self.guard is None:
             return ordered
-        outliers = self.guard.outliers([reply.client.update_norm for reply in ordered])
+        outliers = self.guard.outliers(
+            [reply.client.update_norm for reply in ordered],
+            [reply.client.metrics[self.weight_key] for reply in ordered],
+        )
         for index, reason in outliers.items():
             self._leave_out(phase, ordered[index].client.node, reason, record)
         return [reply for index, reply in enumerate(ordered) if index not in outliers]

@@ -1,9 +1,9 @@
 """Decide which replies count. Check each reply alone, then compare all replies of a round."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median_high
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 from flower_adapter.arrays import npy
 
-FEWEST_OTHERS = 2  # how many other norms above 0 a comparison needs
+FEWEST_OTHERS = 2  # how many other values above 0 a comparison needs
+LARGEST_WEIGHT = 2.0**53  # up to here, double precision counts examples exactly
 
 
 @dataclass(frozen=True)
@@ -23,32 +24,39 @@ class Guard:
     - it does not hold exactly one ArrayRecord and one MetricRecord,
     - its arrays have other names, shapes or dtypes than the arrays that were sent,
     - its arrays hold NaN or Inf,
-    - its weight (the strategy's `weighted_by_key`, else "num-examples") is not a positive number,
+    - its weight (the strategy's `weighted_by_key`, else "num-examples") is not a positive number
+      of at most 2^53,
     - another metric is NaN or Inf,
+    - its weight is above `max_weight_ratio` times the median of the other weights, or
     - the L2 norm of its update is above `max_norm_ratio` times the median of the other norms.
 
-    The last rule ignores updates of norm 0. It needs at least three updates with a norm above 0,
-    because two updates cannot show which one is wrong. An evaluate reply holds no arrays, so only
-    the rules for errors and metrics apply to it. The weight is one of the metrics.
+    The last two rules compare all replies of a round. They need at least three replies, because two
+    replies cannot show which one is wrong. Updates of norm 0 do not take part in the comparison. An
+    evaluate reply holds no arrays, so only the rules for errors and metrics apply to it. The weight
+    is one of the metrics.
 
     Args:
         min_replies: how many good replies a phase (training or evaluation) needs, at least 1. A
             phase with fewer good replies has failed, and the global arrays stay as they were.
         max_failed_rounds: how many failed rounds in a row end the run, at least 1.
-        max_norm_ratio: the ratio in the last rule, above 1. None switches the last rule off.
+        max_norm_ratio: the ratio in the rule for norms, above 1. None switches the rule off.
+        max_weight_ratio: the ratio in the rule for weights, above 1. None switches the rule off.
     """
 
     min_replies: int = 1
     max_failed_rounds: int = 3
     max_norm_ratio: float | None = 100.0
+    max_weight_ratio: float | None = 1000.0
 
     def __post_init__(self) -> None:
         for name in ("min_replies", "max_failed_rounds"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}, should be a whole number of at least 1")
-        if self.max_norm_ratio is not None and not self.max_norm_ratio > 1:
-            raise ValueError(f"max_norm_ratio is {self.max_norm_ratio}, should be above 1, or None")
+        for name in ("max_norm_ratio", "max_weight_ratio"):
+            ratio = getattr(self, name)
+            if ratio is not None and not ratio > 1:
+                raise ValueError(f"{name} is {ratio}, should be above 1, or None")
 
     def check(self, reply: RecordDict, weight_key: str, sent: ArrayRecord | None) -> float:
         """Check one reply alone, and return the L2 norm of its update.
@@ -73,39 +81,53 @@ class Guard:
             return 0.0
         if len(arrays) != 1:
             raise ValueError(f"holds {len(arrays)} ArrayRecords, should hold one")
-        _check_arrays(arrays[0], sent)
+        check_arrays(arrays[0], sent)
         norm = update_norm(arrays[0], sent)
         if not math.isfinite(norm):
             reason = not_finite(arrays[0])
             raise ValueError(reason or f"its update has norm {norm}, should be finite")
         return norm
 
-    def outliers(self, norms: Sequence[float]) -> dict[int, str]:
-        """Compare the norms of a round's updates, and return each outlier's index and reason.
+    def outliers(self, norms: Sequence[float], weights: Sequence[float]) -> dict[int, str]:
+        """Compare the updates of a round, and return each outlier's index and reason.
 
-        Each norm is compared with the median of the other positive norms. The order of the norms
-        does not matter.
+        Args:
+            norms: the L2 norm of each update.
+            weights: the weight of each update, in the same order. The order does not matter.
         """
-        if self.max_norm_ratio is None:
-            return {}
-        reasons = {}
-        for index, norm in enumerate(norms):
-            others = [other for other in (*norms[:index], *norms[index + 1 :]) if other > 0]
-            if len(others) < FEWEST_OTHERS:
-                continue
-            usual = median_high(others)
-            if norm > usual * self.max_norm_ratio:
-                reasons[index] = (
-                    f"its update has norm {norm:.4g}, should be at most {self.max_norm_ratio:g} "
-                    f"times {usual:.4g}, the median of the others"
-                )
-        return reasons
+        return {
+            **_above_the_others(weights, self.max_weight_ratio, "its weight is"),
+            **_above_the_others(norms, self.max_norm_ratio, "its update has norm"),
+        }
 
     def shortage(self, good: int, asked: int) -> str | None:
         """Return the reason if `good` replies from `asked` clients are too few, else None."""
         if asked and good < self.min_replies:
             return f"{good} good of {asked} replies, needs {self.min_replies}"
         return None
+
+
+def _above_the_others(values: Sequence[float], ratio: float | None, what: str) -> dict[int, str]:
+    """Return the index and the reason for each value that is far above the other values.
+
+    A value is far above if it is above `ratio` times the median of the other positive values.
+    """
+    positive = sorted(value for value in values if value > 0)
+    reasons = {}
+    for index, value in enumerate(values):
+        num_others = len(positive) - (value > 0)
+        if ratio is None or num_others < FEWEST_OTHERS:
+            continue
+        middle = num_others // 2  # the index of the upper median among the others
+        if value > 0 and bisect_left(positive, value) <= middle:
+            middle += 1  # the value itself stands before the median
+        usual = positive[middle]
+        if value > usual * ratio:
+            reasons[index] = (
+                f"{what} {value:.4g}, should be at most {ratio:g} times {usual:.4g}, the median of "
+                "the others"
+            )
+    return reasons
 
 
 def not_finite(arrays: ArrayRecord) -> str:
@@ -143,14 +165,15 @@ def _check_metrics(metrics: MetricRecord, weight_key: str) -> None:
     weight = metrics.get(weight_key)
     if weight is None:
         raise ValueError(f"{weight_key} is missing from the metrics")
-    if isinstance(weight, list) or not math.isfinite(weight) or weight <= 0:
-        raise ValueError(f"{weight_key} is {weight}, should be a positive number")
+    if isinstance(weight, list) or not 0 < weight <= LARGEST_WEIGHT:
+        raise ValueError(f"{weight_key} is {weight}, should be a positive number of at most 2^53")
     for name, value in metrics.items():
-        if not np.isfinite(value).all():
+        numbers = value if isinstance(value, list) else [value]
+        if not all(isinstance(number, int) or math.isfinite(number) for number in numbers):
             raise ValueError(f"{name} is {value}, should be finite")
 
 
-def _check_arrays(arrays: ArrayRecord, sent: ArrayRecord) -> None:
+def check_arrays(arrays: ArrayRecord, sent: ArrayRecord) -> None:
     faults = [f"{name} is missing" for name in sent if name not in arrays]
     for name, array in arrays.items():
         if name not in sent:
