@@ -67,12 +67,14 @@ class RunDirectory:
         return cls(writable_directory(output_dir, str(run_id)))
 
     @classmethod
-    def resume(cls, settings: Settings) -> "RunDirectory":
+    def resume(cls, settings: Settings, corpus: Corpus | None) -> "RunDirectory":
         """Open the directory of the run that `resume-from` names.
 
+        `corpus` is the text of the server now, or None if the server has no text.
+
         Raises:
-            SettingsError: if the directory has no checkpoints, or if the settings describe a model
-                of a different size than the model of that run.
+            SettingsError: if the directory has no checkpoints, if its `config.json` cannot be read,
+                or if that run had a model of another size or another text.
         """
         path = Path(settings.resume_from).expanduser().resolve()
         if not (path / CHECKPOINTS).is_dir():
@@ -82,16 +84,26 @@ class RunDirectory:
             )
         config = path / CONFIG_FILE
         if config.exists():
-            old = json.loads(config.read_text(encoding="utf-8"))["settings"]
+            try:
+                saved = json.loads(config.read_text(encoding="utf-8"))
+                old, old_text = saved["settings"], saved["corpus"] and saved["corpus"]["sha256"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise SettingsError(f"{config} is damaged, so its run cannot be resumed") from error
             new = settings.to_run_config()
             changes = [
-                f"{key} is {new[key]} but was {old[key]}"
+                f"{key} is {new[key]} but was {old.get(key)}"
                 for key in MODEL_KEYS
-                if new[key] != old[key]
+                if new[key] != old.get(key)
             ]
             if changes:
                 raise SettingsError(
                     f"the run in {path} trained a model of another size: {', '.join(changes)}"
+                )
+            text = corpus and corpus.sha256
+            if text != old_text:
+                raise SettingsError(
+                    f"the run in {path} had another text: the SHA-256 of the corpus is {text} but "
+                    f"was {old_text}"
                 )
         return cls(path)
 

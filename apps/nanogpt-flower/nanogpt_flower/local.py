@@ -314,13 +314,13 @@ def check_run_config(run_config: Mapping[str, Any], num_clients: int) -> None:
     settings = Settings.from_run_config(run_config)
     runtime(settings)
     compression(settings)
-    if settings.corpus != NO_CORPUS:
-        corpus = load_corpus(settings.corpus)
+    corpus = None if settings.corpus == NO_CORPUS else load_corpus(settings.corpus)
+    if corpus is not None:
         tokenizer = CharTokenizer.from_text(corpus.text)
         sample_prompt(settings, tokenizer)
         parts(settings, corpus, tokenizer, num_clients)
     if settings.resume_from:
-        RunDirectory.resume(settings)
+        RunDirectory.resume(settings, corpus)
     else:
         writable_directory(settings.output_dir)
 

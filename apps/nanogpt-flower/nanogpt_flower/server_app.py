@@ -1,11 +1,10 @@
 """The ServerApp, which averages the clients' models, evaluates the average and writes a sample."""
 
 import logging
-import time
 from collections.abc import Iterator
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from flower_adapter import (
@@ -22,18 +21,16 @@ from gpt_core import GPT, evaluate, stream
 from nanogpt_flower.artifacts import RunDirectory
 from nanogpt_flower.composition import (
     NO_CORPUS,
-    VOCABULARY,
-    check_vocabulary,
     compression,
     model_config,
     runtime,
     sample_prompt,
 )
 from nanogpt_flower.history import History
+from nanogpt_flower.server_text import ask_vocabulary, wait_for_clients
 from nanogpt_flower.settings import Settings
-from shakespeare_data import CharTokenizer, Corpus, DataError, load_corpus, sequential_batches
+from shakespeare_data import CharTokenizer, Corpus, load_corpus, sequential_batches
 
-REMIND_SECONDS = 30.0  # time between two log lines about missing clients
 NO_CORPUS_NOTE = "the server has no text: val loss is the mean over the clients' own text"
 
 app = ServerApp()
@@ -49,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
     tokenizer = CharTokenizer.from_text(corpus.text) if corpus else ask_vocabulary(grid, settings)
     prompt = sample_prompt(settings, tokenizer)
     validation = None if corpus is None else tokenizer.encode(corpus.split()[1])
-    directory = run_directory(settings, context)
+    directory = run_directory(settings, corpus, context)
 
     torch.manual_seed(settings.seed)
     model = GPT(model_config(settings, tokenizer.vocab_size))
@@ -104,10 +101,10 @@ def main(grid: Grid, context: Context) -> None:
     print(f"\n--- sample\n{sample}\n---\noutput: {directory.path}", flush=True)
 
 
-def run_directory(settings: Settings, context: Context) -> RunDirectory:
+def run_directory(settings: Settings, corpus: Corpus | None, context: Context) -> RunDirectory:
     """Open the directory that `resume-from` names. Create a new one if `resume-from` is empty."""
     if settings.resume_from:
-        return RunDirectory.resume(settings)
+        return RunDirectory.resume(settings, corpus)
     return RunDirectory.create(settings.output_dir, context.run_id)
 
 
@@ -131,42 +128,6 @@ def strategy(settings: Settings) -> StreamingFedAvg:
         min_evaluate_nodes=1,
         min_available_nodes=settings.min_clients,
     )
-
-
-def wait_for_clients(grid: Grid, least: int) -> list[int]:
-    """Wait until at least `least` nodes are connected, and return all connected nodes.
-
-    While the function waits, it logs the number of connected nodes from time to time.
-    """
-    last_log, last_count = -float("inf"), -1
-    while len(nodes := sorted(grid.get_node_ids())) < least:
-        if len(nodes) != last_count or time.monotonic() - last_log > REMIND_SECONDS:
-            last_log, last_count = time.monotonic(), len(nodes)
-            logger.info("waiting for clients: %d connected, min-clients is %d", len(nodes), least)
-        time.sleep(1)
-    return nodes
-
-
-def ask_vocabulary(grid: Grid, settings: Settings) -> CharTokenizer:
-    """Ask the clients for the vocabulary of their texts.
-
-    Raises:
-        DataError: no client answers, or a client reports an error, for example that it has no text.
-        VocabularyMismatch: two clients have different vocabularies. The message names both clients.
-    """
-    nodes = wait_for_clients(grid, settings.min_clients)
-    queries = [Message(RecordDict(), node, f"query.{VOCABULARY}") for node in nodes]
-    shared: tuple[str, CharTokenizer] | None = None
-    for reply in grid.send_and_receive(queries):
-        if reply.has_error():
-            raise DataError(f"corpus is {NO_CORPUS!r}, and a client refused: {reply.error.reason}")
-        answer = reply.content.config_records["client"]
-        client = str(answer["label"]), CharTokenizer.from_json(str(answer["tokenizer"]))
-        shared = shared or client
-        check_vocabulary(*client, *shared)
-    if shared is None:
-        raise DataError(f"corpus is {NO_CORPUS!r}, and no client told its vocabulary")
-    return shared[1]
 
 
 def write(model: GPT, tokenizer: CharTokenizer, prompt: str, settings: Settings) -> Iterator[str]:

@@ -89,12 +89,12 @@ def test_a_directory_without_checkpoints_cannot_be_resumed(tmp_path: Path, exist
     if exists:
         path.mkdir()
     with pytest.raises(SettingsError, match=r"resume-from is '.*/7'; .* has no checkpoints"):
-        RunDirectory.resume(Settings(resume_from=str(path)))
+        RunDirectory.resume(Settings(resume_from=str(path)), None)
 
 
 def test_a_run_without_a_config_can_be_resumed(directory: RunDirectory) -> None:
     directory.checkpoints.mkdir()
-    resumed = RunDirectory.resume(Settings(resume_from=str(directory.path)))
+    resumed = RunDirectory.resume(Settings(resume_from=str(directory.path)), None)
     assert resumed.path == directory.path
     assert resumed.checkpoints == directory.path / "checkpoints"
 
@@ -105,10 +105,33 @@ def test_a_run_is_resumed_only_with_a_model_of_the_same_size(
     directory.checkpoints.mkdir()
     settings = Settings(resume_from=str(directory.path))
     directory.write_config(settings, None, runtime, small_model)
-    assert RunDirectory.resume(replace(settings, max_steps=7)).path == directory.path
+    assert RunDirectory.resume(replace(settings, max_steps=7), None).path == directory.path
     changes = "n-layer is 2 but was 6, n-embd is 192 but was 384"
     with pytest.raises(SettingsError, match=f"a model of another size: {changes}"):
-        RunDirectory.resume(replace(settings, n_layer=2, n_embd=192))
+        RunDirectory.resume(replace(settings, n_layer=2, n_embd=192), None)
+
+
+def test_a_run_is_resumed_only_with_the_same_text(
+    directory: RunDirectory, runtime: Runtime, small_model: GPT, text_file: Path, tmp_path: Path
+) -> None:
+    directory.checkpoints.mkdir()
+    corpus = load_corpus(str(text_file))
+    other = tmp_path / "other.txt"
+    other.write_text(corpus.text.upper(), encoding="utf-8")
+    settings = Settings(resume_from=str(directory.path))
+    directory.write_config(settings, corpus, runtime, small_model)
+    assert RunDirectory.resume(settings, corpus).path == directory.path
+    for text in (load_corpus(str(other)), None):
+        with pytest.raises(SettingsError, match=f"had another text: .* was {corpus.sha256}"):
+            RunDirectory.resume(settings, text)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_damaged_config_is_named(content: str, directory: RunDirectory) -> None:
+    directory.checkpoints.mkdir()
+    (directory.path / "config.json").write_text(content)
+    with pytest.raises(SettingsError, match=r"config\.json is damaged"):
+        RunDirectory.resume(Settings(resume_from=str(directory.path)), None)
 
 
 def test_the_config_has_settings_corpus_device_and_versions(

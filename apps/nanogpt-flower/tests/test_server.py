@@ -8,7 +8,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flower_adapter.testing import LocalGrid
 from nanogpt_flower.client_app import app as client_app
 from nanogpt_flower.composition import VocabularyMismatch, compression, sample_prompt
-from nanogpt_flower.server_app import ask_vocabulary, strategy, wait_for_clients
+from nanogpt_flower.server_app import strategy
+from nanogpt_flower.server_text import ask_vocabulary, wait_for_clients
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, DataError
 

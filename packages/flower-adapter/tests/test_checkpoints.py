@@ -796,8 +796,8 @@ def test_a_checkpoint_without_one_of_its_files_is_damaged(
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     run(tmp_path, rounds=1)
     path = tmp_path / "round-000001" / "round.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 99'))
-    with pytest.raises(CheckpointError, match="has format 99, should have format 2"):
+    path.write_text(path.read_text().replace('"format": 3', '"format": 99'))
+    with pytest.raises(CheckpointError, match="has format 99, should have format 3"):
         read_checkpoint(tmp_path)
 
 

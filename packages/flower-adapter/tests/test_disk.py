@@ -329,6 +329,8 @@ def test_a_full_disk_gives_an_error_reply_and_leaves_the_last_round(
         reply = mod(message("train", 2), here, work)
     assert reply.has_error()
     assert "No space left on device" in reply.error.reason
+    assert trained(here) == []  # the next message restores the last round from the disk
+    assert seen(mod, "train", 2, here) == [1]
     assert seen(mod, "train", 2, client()) == [1]
 
 

@@ -378,6 +378,81 @@ class Giving(FedAvg):
         return record(**self.arrays), metrics
 
 
+def test_an_outer_step_that_overflows_leaves_no_momentum() -> None:
+    def answer(message: Message, partition: int) -> RecordDict:
+        at = message.content["config"]["server-round"]
+        return with_arrays(w=np.full(2, 2.4e38 if at == 1 else 1.0, np.float32), n=np.array(3))
+
+    outer = OuterOptimizer(learning_rate=10.0, momentum=0.9)
+    _, records = run(Answering(answer, 2), num_rounds=2, outer=outer)
+    assert records[1].failures
+    assert not records[2].failures
+    ones = with_arrays(w=np.ones(2, np.float32), n=np.array(3))
+    fresh, _ = run(scripted(ones, ones), outer=outer)
+    assert data(records[2].arrays) == data(fresh.arrays)
+
+
+def test_an_aggregate_with_other_names_fails_the_round() -> None:
+    with pytest.raises(RoundFailed, match="w is missing; n is missing; z should not be there"):
+        run(scripted(good(), good()), Giving(z=np.zeros(2, np.float32)))
+
+
+def test_a_subclass_of_streaming_fedavg_may_read_the_replies_twice() -> None:
+    class Twice(StreamingFedAvg):
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            assert len(list(replies)) == 2
+            return super().aggregate_train(server_round, replies)
+
+    once, _ = run(scripted(good(1.0), good(3.0)), StreamingFedAvg(fraction_evaluate=0.0))
+    twice, _ = run(scripted(good(1.0), good(3.0)), Twice(fraction_evaluate=0.0))
+    assert data(twice.arrays) == data(once.arrays)
+
+
+class Halving(FedAvg):
+    """Halves the learning rate in its config in every round, as Flower's tutorial does."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        config["lr"] = float(config["lr"]) / 2  # type: ignore[arg-type]
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state == {}
+
+
+def rates(grid: LocalGrid) -> list[float]:
+    return [message.content["config"]["lr"] for message in grid.sent_of_type("train")]
+
+
+def test_a_strategy_that_changes_its_config_changes_it_once_a_round() -> None:
+    grid = scripted(*(good(1.0, f"{k}") for k in range(4)))
+    strategy = Halving(fraction_train=0.25, fraction_evaluate=0.0, min_train_nodes=1)
+    run(grid, strategy, num_rounds=3, seed=1, train_config=ConfigRecord({"lr": 8.0}))
+    assert grid.sent_of_type("query.label")
+    assert rates(grid) == [4.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(8.0, 1.0), (80.0, 40.0)])
+def test_a_resumed_run_goes_on_with_the_changed_config_unless_it_is_given_another(
+    given: float, expected: float, tmp_path: Any, flower_log: pytest.LogCaptureFixture
+) -> None:
+    def resumed(num_rounds: int, rate: float) -> list[float]:
+        grid = scripted(good())
+        strategy = Halving(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+        checkpoints = Checkpoints(tmp_path, resume=True)
+        config = ConfigRecord({"lr": rate})
+        run(grid, strategy, num_rounds=num_rounds, checkpoints=checkpoints, train_config=config)
+        return rates(grid)
+
+    assert resumed(2, 8.0) == [4.0, 2.0]
+    assert resumed(3, given) == [expected]
+    assert ("the train config is not that of the saved run" in flower_log.text) == (given == 80.0)
+
+
 def test_an_outer_step_that_overflows_fails_the_round() -> None:
     largest = float(np.finfo(np.float32).max)
     strategy = Giving(w=np.full(2, largest / 2, np.float32), n=np.array(1))
@@ -407,7 +482,8 @@ def test_an_aggregate_with_nan_fails_the_round(flower_log: pytest.LogCaptureFixt
             on_round=models.append,
         )
     assert f"train round 1: {reason}" in flower_log.text
-    assert [model.failures for model in models] == [[], [f"train: {reason}"]]
+    # The last record is that of the round in which the run failed.
+    assert [model.failures for model in models] == [[], [f"train: {reason}"], [f"train: {reason}"]]
     assert data(models[1].arrays) == data(record(**GLOBAL))
     assert models[1].train_metrics is None
     assert len(models[1].train_clients) == 2
@@ -698,8 +774,27 @@ def test_a_strategy_may_change_the_replies_without_an_effect_on_the_next_round()
 
 
 def test_something_that_is_no_strategy_is_refused_by_name() -> None:
-    with pytest.raises(TypeError, match="strategy is 'FedAvg', should be a strategy of Flower"):
+    with pytest.raises(TypeError, match="strategy is a str, should be Strategy"):
         run_rounds(scripted(good()), "FedAvg", record(**GLOBAL))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("part", ["guard", "compression", "outer", "checkpoints"])
+def test_a_part_of_the_wrong_type_is_refused_by_name(part: str) -> None:
+    with pytest.raises(TypeError, match=rf"{part} is a str, should be .* | None"):
+        run(scripted(good()), **{part: "2-bit"})
+
+
+def test_arrays_that_are_no_record_are_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="arrays is a Linear, should be ArrayRecord"):
+        run_rounds(scripted(good()), FedAvg(), nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("metrics", [{"loss": 1.0}, 1.0])
+def test_an_evaluation_that_returns_no_metric_record_is_refused_at_once(metrics: Any) -> None:
+    grid = scripted(good())
+    with pytest.raises(TypeError, match=r"evaluate_fn returned a .*, should be a MetricRecord"):
+        run(grid, evaluate_fn=lambda *_: metrics)
+    assert grid.sent == []
 
 
 def test_the_configs_reach_the_clients_of_their_phase() -> None:

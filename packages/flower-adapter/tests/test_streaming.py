@@ -212,7 +212,8 @@ def test_streaming_fedavg_holds_one_reply_from_the_file_at_a_time(
 
 
 def test_fedavg_of_flower_holds_all_replies(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loaded_in(FedAvg(fraction_evaluate=0.0), monkeypatch).most == 20
+    # At least, because an earlier reply may still wait for the garbage collector.
+    assert loaded_in(FedAvg(fraction_evaluate=0.0), monkeypatch).most >= 20
 
 
 class Counting(Compression):

@@ -180,3 +180,31 @@ def test_a_subclass_may_change_a_message_or_its_reply() -> None:
     grid = Muting(counting_app(), 2)
     by_partition = {grid.partition(r.metadata.src_node_id): list(r.content) for r in ask(grid)}
     assert by_partition == {0: ["m"], 1: ["m", "arrays"]}
+
+
+def test_a_node_whose_reply_is_none_does_not_answer() -> None:
+    class Dead(LocalGrid):
+        def reply(self, message: Message) -> Message | None:
+            is_dead = self.partition(message.metadata.dst_node_id) == 1
+            return None if is_dead else super().reply(message)
+
+    grid = Dead(counting_app(), 3)
+    assert sorted(answered(grid, ask(grid))) == [0, 2]
+
+
+def test_replies_of_two_pushes_can_be_pulled_in_any_order_and_once() -> None:
+    grid = LocalGrid(counting_app(), 2)
+    [node, _] = grid.get_node_ids()
+    first, second = (
+        list(grid.push_messages([Message(RecordDict(), node, "train")])) for _ in range(2)
+    )
+    assert [len(list(grid.pull_messages(ids))) for ids in (second, first, first)] == [1, 1, 0]
+
+
+def test_a_change_of_a_config_after_sending_does_not_reach_the_message() -> None:
+    grid = LocalGrid(counting_app(), 1)
+    [node] = grid.get_node_ids()
+    config = ConfigRecord({"lr": 0.1})
+    grid.push_messages([Message(RecordDict({"config": config}), node, "train")])
+    config["lr"] = 0.2
+    assert grid.sent[0].content["config"]["lr"] == 0.1

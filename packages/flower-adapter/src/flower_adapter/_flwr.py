@@ -1,4 +1,4 @@
-"""This module holds all imports from modules of Flower that are not public.
+"""This module holds all uses of names in Flower that are not public.
 
 Flower's public modules are `flwr.app`, `flwr.clientapp`, `flwr.serverapp` and
 `flwr.serverapp.strategy`. Any other module of Flower may change in any release. `pyproject.toml`
@@ -6,6 +6,7 @@ therefore sets an upper bound on the version of `flwr`. When Flower has a new re
 file first.
 """
 
+from flwr.app import Message
 from flwr.app.typing import ConfigRecordValues, MetricRecordValues  # types of record values
 from flwr.clientapp.typing import ClientAppCallable, Mod  # types of a mod's arguments
 
@@ -16,8 +17,20 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.run import Run
 
 # A process can only make messages once it knows its run, node and task. Flower sets them in a
-# ServerApp. `flower_adapter.testing` sets them in a test.
+# ServerApp, and `become_a_server` sets them in a test.
 from flwr.supercore.task_identity import TaskIdentity
+
+
+def become_a_server() -> None:
+    """Give this process the identity of a ServerApp, if it has none. It can then make messages."""
+    if TaskIdentity._run_id is None:
+        TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = 1
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    """Set the id of a message. Flower computes ids only when a message is sent to a SuperLink."""
+    message.metadata.__dict__["_message_id"] = message_id
+
 
 __all__ = [
     "ClientAppCallable",
@@ -26,5 +39,6 @@ __all__ = [
     "MetricRecordValues",
     "Mod",
     "Run",
-    "TaskIdentity",
+    "become_a_server",
+    "set_message_id",
 ]

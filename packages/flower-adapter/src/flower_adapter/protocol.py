@@ -34,6 +34,9 @@ _COMPRESSED = "flower-adapter/"  # how the `stype` of a compressed array begins
 # client does not share.
 PERSONAL = "flower-adapter.personal"
 
+# The record in a client's context that names the file on disk with the same state.
+DISK_STATE = "flower-adapter.disk-state"
+
 
 class CompressionHeader(NamedTuple):
     """Describes how the arrays of a message and of the reply to it are compressed."""

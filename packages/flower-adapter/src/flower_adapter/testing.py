@@ -6,8 +6,7 @@
     grid = LocalGrid(torch_client_app(build_model, train), num_nodes=3)
     result = run_rounds(grid, FedAvg(fraction_evaluate=0.0), to_arrays(model), num_rounds=2)
 
-Flower's processes, ports and serialization are not used, so an error in a client's code shows its
-own traceback.
+Flower's processes, ports and serialization are not used.
 """
 
 import copy
@@ -21,7 +20,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from flower_adapter._flwr import ErrorCode, Run, TaskIdentity
+from flower_adapter._flwr import ErrorCode, Run, become_a_server, set_message_id
 
 
 class LocalGrid(Grid):
@@ -58,8 +57,7 @@ class LocalGrid(Grid):
         seed: int = 0,
         run_id: int = 1,
     ) -> None:
-        if TaskIdentity._run_id is None:
-            TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = 1
+        become_a_server()
         self.client_app = client_app
         self.run_id = run_id
         self.sent: list[Message] = []
@@ -92,8 +90,12 @@ class LocalGrid(Grid):
         """Return the messages of one type, such as "train", in the order of sending."""
         return [m for m in self.sent if m.metadata.message_type == message_type]
 
-    def reply(self, message: Message) -> Message:
-        """Return the reply to a message. A subclass may change the message or the reply."""
+    def reply(self, message: Message) -> Message | None:
+        """Return the reply to a message.
+
+        A subclass may change the message or the reply. If it returns None, the node does not
+        answer.
+        """
         try:
             return self.client_app(message, self.contexts[message.metadata.dst_node_id])
         except ValueError as error:
@@ -104,20 +106,26 @@ class LocalGrid(Grid):
         return sorted(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        replies = []
+        ids: list[str] = []
+        replies: list[Message] = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid4())
+            set_message_id(message, str(uuid4()))
             # A strategy gives the same content to all messages. Each client gets its own copy.
-            message.content = RecordDict(dict(message.content))
+            message.content = _copied(message.content)
             self.sent.append(copy.copy(message))
-            self.sent[-1].content = RecordDict(dict(message.content))
-            replies.append(self.reply(message))
+            self.sent[-1].content = _copied(message.content)
+            ids.append(message.metadata.message_id)
+            reply = self.reply(message)
+            if reply is not None:
+                replies.append(reply)
         self._chance.shuffle(replies)
-        self._replies = {reply.metadata.reply_to_message_id: reply for reply in replies}
-        return list(self._replies)
+        arrived = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        self._replies.update(arrived)
+        return [*arrived, *(message_id for message_id in ids if message_id not in arrived)]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._replies.pop(message_id) for message_id in list(message_ids)]
+        there = [message_id for message_id in message_ids if message_id in self._replies]
+        return [self._replies.pop(message_id) for message_id in there]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -133,3 +141,8 @@ class LocalGrid(Grid):
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         raise NotImplementedError
+
+
+def _copied(content: RecordDict) -> RecordDict:
+    """Return new records with the same arrays and values."""
+    return RecordDict({key: type(record)(dict(record)) for key, record in content.items()})  # type: ignore[arg-type]

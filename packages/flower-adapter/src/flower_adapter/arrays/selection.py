@@ -1,8 +1,8 @@
 """Selections for the argument `select=` of `to_arrays` and `load_arrays`.
 
-They choose which parameters and buffers are sent. A selection takes an `Entry` and returns True or False. This module holds common selections, and a
-lambda works as well. An entry that is not selected is not sent, so it keeps its value on the server
-and on the client.
+They choose which parameters and buffers are sent. A selection takes an `Entry` and returns True or
+False. This module holds common selections, and a lambda works as well. An entry that is not
+selected is not sent, so it keeps its value on the server and on the client.
 """
 
 from collections.abc import Callable

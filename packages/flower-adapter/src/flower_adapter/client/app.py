@@ -163,6 +163,8 @@ def _single_arrays(message: Message) -> tuple[str, ArrayRecord]:
 
 def _checked_metrics(metrics: Metrics, work: Work[Any]) -> MetricRecord:
     source = getattr(work, "__qualname__", repr(work))
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"{source} returned {metrics!r}, should return metrics by name")
     for name, value in metrics.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise TypeError(

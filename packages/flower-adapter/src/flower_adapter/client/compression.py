@@ -88,8 +88,9 @@ def _encode(
 ) -> None:
     """Compress the reply's arrays in place, and save the residual for the next reply."""
     for key, arrays in list(content.array_records.items()):
-        saved = restore_state(context, name=_RESIDUAL)
+        name = f"{_RESIDUAL}.{key}"
+        saved = restore_state(context, name=name)
         residual = saved["residual"] if saved and saved["codec"] == header.uplink else None
         encoded = encode(arrays, received, header.uplink, residual)
-        save_state(context, name=_RESIDUAL, codec=header.uplink, residual=encoded.residual)
+        save_state(context, name=name, codec=header.uplink, residual=encoded.residual)
         content[key] = encoded.arrays

@@ -16,8 +16,6 @@ from flower_adapter.client.replies import refuse
 from flower_adapter.client.state import StateFormatError
 from flower_adapter.packing import pack, read_file, sync, unpack, write_file
 
-# The record in a context that names the file with the same state.
-_MARK = "flower-adapter.disk-state"
 _NAME = re.compile(r"round-(\d{6,})(?:-([0-9a-f]+))?\.safetensors")
 _LONGEST_NAME = 120  # characters; file systems allow 255 bytes
 
@@ -93,12 +91,13 @@ class DiskState:
         try:
             self._write(files, context.state, run, server_round)
         except OSError as error:
+            context.state.clear()  # the server does not get this training
             return refuse(message, error)
         return reply
 
     def _write(self, files: "_RunFiles", state: RecordDict, run: str, server_round: int) -> None:
         path = files.path(server_round)
-        state[_MARK] = ConfigRecord({"run": run, "file": path.name})
+        state[protocol.DISK_STATE] = ConfigRecord({"run": run, "file": path.name})
         structure, arrays = pack(state, "context.state")
         files.directory.mkdir(parents=True, exist_ok=True)
         later = [old for at, old in files.rounds() if at > server_round]
@@ -172,7 +171,7 @@ def _restore(files: _RunFiles, context: Context, run: str, latest: int) -> None:
             context.state.clear()
         return
     path = before[-1]
-    mark = context.state.get(_MARK)
+    mark = context.state.get(protocol.DISK_STATE)
     if isinstance(mark, ConfigRecord) and dict(mark) == {"run": run, "file": path.name}:
         return
     try:
@@ -190,7 +189,7 @@ def _undoing_failures(message: Message, context: Context, call_next: ClientAppCa
     This undoes the changes of the failed training: when the next train or evaluate message arrives,
     `_restore` loads the last saved state.
     """
-    context.state.pop(_MARK, None)
+    context.state.pop(protocol.DISK_STATE, None)
     failed = True
     try:
         reply = call_next(message, context)

@@ -23,13 +23,13 @@ from uuid import uuid4
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, ConfigRecord
 
 from flower_adapter.arrays.convert import describe
 from flower_adapter.packing import pack, read_file, sync, unpack, write_file
 from flower_adapter.server.record import RoundRecord
 
-FORMAT = 2
+FORMAT = 3
 _NAME = re.compile(r"round-(\d{6,})")
 
 logger = logging.getLogger("flwr")
@@ -51,6 +51,8 @@ class Checkpoint:
     states: dict[str, Any] = field(default_factory=dict)  # keys: strategy, compression, outer
     failed_rounds: dict[str, int] = field(default_factory=dict)  # failed rounds in a row, by phase
     random_states: dict[str, Any] = field(default_factory=dict)
+    # By phase: the config that `run_rounds` was given, and the config as the strategy changed it.
+    configs: dict[str, tuple[ConfigRecord, ConfigRecord]] = field(default_factory=dict)
     records: list[RoundRecord] = field(default_factory=list)  # of rounds 0 to `server_round`
 
 
@@ -153,6 +155,10 @@ class Checkpoints:
         """Write a checkpoint, and remove old checkpoints that should not be kept."""
         write_checkpoint(self.directory, checkpoint)
         best = self._best(checkpoint.records)
+        if self.best is not None and best is None and checkpoint.server_round == 1:
+            logger.warning(
+                "no evaluation has the metric %r yet, so no checkpoint is best", self.best
+            )
         for path in list_checkpoints(self.directory)[: -self.keep]:
             if round_of(path) != best:
                 _remove_checkpoint(path)
@@ -189,7 +195,7 @@ def round_of(path: Path) -> int:
 
 
 def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint atomically. It replaces an earlier checkpoint of the same round.
+    """Write a checkpoint atomically. There must be no checkpoint of this round yet.
 
     Raises:
         TypeError: a state holds a value that cannot be saved. The message says where in the state
@@ -198,7 +204,9 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     """
     names = list(checkpoint.arrays)
     state = {name: value for name, value in vars(checkpoint).items() if name != "arrays"}
-    state["records"] = [record.to_dict() for record in checkpoint.records]
+    # As bytes, because safetensors limits the size of the text that its header can hold.
+    records = json.dumps([record.to_dict() for record in checkpoint.records])
+    state["records"] = np.frombuffer(records.encode(), np.uint8)
     structure, arrays = pack(state, "checkpoint")
     place = directory / f"round-{checkpoint.server_round:06d}"
     partial = directory / f".{place.name}.partial"
@@ -211,8 +219,6 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     summary.write_text(text + "\n", encoding="utf-8")
     sync(summary)
     sync(partial)
-    if place.exists():
-        _remove_checkpoint(place)
     partial.rename(place)
     sync(directory)
     return place
@@ -234,7 +240,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             )
         names, arrays = read_file(path / "arrays.safetensors")
         state = unpack(*read_file(path / "state.safetensors"))
-        state["records"] = [RoundRecord.from_dict(fields) for fields in state["records"]]
+        records = json.loads(state["records"].tobytes())
+        state["records"] = [RoundRecord.from_dict(fields) for fields in records]
         record = ArrayRecord({name: arrays[name] for name in json.loads(names)})
         return Checkpoint(arrays=record, **state)
     except CheckpointError:

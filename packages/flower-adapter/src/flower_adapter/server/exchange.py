@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -30,6 +30,17 @@ class GoodReply:
 
     kept: KeptReply
     client: ClientRecord
+
+
+@dataclass
+class DecodedReplies:
+    """An iterable over kept replies. It decodes each reply when the caller reaches it."""
+
+    exchange: "Exchange"
+    replies: list[GoodReply]
+
+    def __iter__(self) -> Iterator[Message]:
+        return map(self.exchange.decoded, self.replies)
 
 
 @dataclass
@@ -94,16 +105,15 @@ class Exchange:
             counted.client.label = self.nodes.label(counted.client.node)
         return good
 
-    def decoded(self, replies: Iterable[GoodReply]) -> Iterator[Message]:
-        """Decode the kept replies, and yield each reply as a message with plain arrays."""
-        for reply in replies:
-            message = reply.kept.load()
-            message.content = self._decode(message.content)
-            if self.guard is not None:
-                for record in message.content.values():
-                    if isinstance(record, ArrayRecord):
-                        widen_integers(record)
-            yield message
+    def decoded(self, reply: GoodReply) -> Message:
+        """Return a kept reply as a message with plain arrays. The caller may change it."""
+        message = reply.kept.load()
+        message.content = self._decode(message.content)
+        if self.guard is not None:
+            for record in message.content.values():
+                if isinstance(record, ArrayRecord):
+                    widen_integers(record)
+        return message
 
     def _compressed(self, messages: list[Message]) -> list[Message]:
         """Compress the arrays of the messages."""

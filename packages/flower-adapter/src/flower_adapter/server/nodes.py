@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flower_adapter import protocol
 from flower_adapter.server.replies import receive
 
-LABEL_TIMEOUT = 600.0  # seconds
+LABEL_TIMEOUT = 600.0  # seconds, the longest wait for labels
 
 logger = logging.getLogger("flwr")
 
@@ -29,9 +29,10 @@ class Nodes:
     averages. Nodes without a label come last, in the order of their ids.
     """
 
-    def __init__(self, grid: Grid, seed: int | None) -> None:
+    def __init__(self, grid: Grid, seed: int | None, timeout: float | None = None) -> None:
         self._grid = grid
         self._seed = seed
+        self._timeout = LABEL_TIMEOUT if timeout is None else min(timeout, LABEL_TIMEOUT)
         self._labels: dict[int, str | None] = {}
 
     def label(self, node: int) -> str | None:
@@ -80,7 +81,7 @@ class Nodes:
         queries = [Message(RecordDict(), node, protocol.LABEL_QUERY) for node in nodes]
         self._labels.update(dict.fromkeys(nodes))
         answers: dict[int, str | None] = dict.fromkeys(nodes)
-        for reply in receive(self._grid, queries, LABEL_TIMEOUT):
+        for reply in receive(self._grid, queries, self._timeout):
             answers[reply.metadata.src_node_id] = protocol.label_of(reply)
         self.learn(answers)
 

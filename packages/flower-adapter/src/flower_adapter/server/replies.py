@@ -92,8 +92,16 @@ class ReplyStore:
             self._file = TemporaryFile()  # noqa: SIM115, closed in __exit__
         start = self._file.seek(0, os.SEEK_END)
         layout = [(n, a.dtype, tuple(a.shape), a.stype, len(a.data)) for n, a in record.items()]
-        for array in record.values():
-            self._file.write(array.data)
+        try:
+            for array in record.values():
+                self._file.write(array.data)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: the temporary file for replies cannot be written; use a larger "
+                "reply_memory, or set TMPDIR to a directory with more space",
+            ) from error
         record.clear()
         return _InFile(self._file, start, layout)
 

@@ -22,8 +22,14 @@ from flower_adapter.server.checkpoints import (
     set_random_states,
 )
 from flower_adapter.server.compression import Compression
-from flower_adapter.server.exchange import EVALUATE, TRAIN, Exchange, GoodReply
-from flower_adapter.server.guard import Guard, not_finite
+from flower_adapter.server.exchange import (
+    EVALUATE,
+    TRAIN,
+    DecodedReplies,
+    Exchange,
+    GoodReply,
+)
+from flower_adapter.server.guard import Guard, check_arrays, not_finite
 from flower_adapter.server.nodes import Nodes
 from flower_adapter.server.outer import OuterOptimizer
 from flower_adapter.server.record import Metrics, RoundFailed, RoundRecord
@@ -95,13 +101,17 @@ def run_rounds(
         outer: the outer optimizer. With None the strategy's aggregate becomes the global arrays.
         checkpoints: where and how to write checkpoints, and whether to resume. With None no
             checkpoint is written.
-        train_config: values for the config of train messages.
-        evaluate_config: values for the config of evaluate messages.
+        train_config: values for the config of train messages. If the strategy changes the config
+            from round to round, a resumed run continues with the changed config. If the resumed run
+            is given other values than the saved run, it takes the new values.
+        evaluate_config: values for the config of evaluate messages, treated in the same way.
         evaluate_fn: evaluates the global arrays on the server, before the first round and after
             each round.
         on_round: a function that gets the record of each round after the checkpoint is written. The
             first call is for round 0. A resumed run first calls `on_round` again for each round
-            before the resume. In these calls only the last record has `arrays`.
+            before the resume. In these calls only the last record has `arrays`. If the run ends
+            with `RoundFailed`, `on_round` gets the record of the last round, of which no checkpoint
+            is written.
         reply_memory: how many bytes of replies stay in memory during a phase. Further replies stay
             in a temporary file until they are aggregated.
 
@@ -115,21 +125,28 @@ def run_rounds(
             although the directory of `checkpoints` holds one.
         RoundFailed: a phase has failed in `guard.max_failed_rounds` rounds in a row. If the run has
             fewer rounds, the phase has failed in all of them.
-        TypeError: `strategy` is not a Flower strategy, or checkpoints cannot save its state.
+        TypeError: an argument has the wrong type, checkpoints cannot save the strategy's state, or
+            `evaluate_fn` returns something else than a MetricRecord or None.
     """
-    if not isinstance(strategy, Strategy):
-        raise TypeError(f"strategy is {strategy!r}, should be a strategy of Flower")
+    for name, value, kind in (
+        ("strategy", strategy, Strategy),
+        ("arrays", arrays, ArrayRecord),
+        ("guard", guard, Guard | None),
+        ("compression", compression, Compression | None),
+        ("outer", outer, OuterOptimizer | None),
+        ("checkpoints", checkpoints, Checkpoints | None),
+    ):
+        if not isinstance(value, kind):
+            expected = getattr(kind, "__name__", str(kind))
+            raise TypeError(f"{name} is a {type(value).__name__}, should be {expected}")
     for part in (compression, outer):
         if part is not None:
             part.reset()
-    nodes = Nodes(grid, seed)
+    nodes = Nodes(grid, seed, timeout)
     exchange = Exchange(grid, nodes, guard, compression, weight_key(strategy), timeout)
     federation = _Federation(
         strategy, nodes, guard, compression, outer, exchange, num_rounds, reply_memory
     )
-    # These are copies, because the strategy and the lines below change them.
-    train_config = ConfigRecord(dict(train_config or {}))
-    evaluate_config = ConfigRecord(dict(evaluate_config or {}))
 
     def finish(state: Checkpoint, record: RoundRecord) -> None:
         state.server_round = record.server_round
@@ -153,8 +170,9 @@ def run_rounds(
         else:
             federation.load_states(state)
             _replay(state, on_round)
-        if checkpoints is not None:
-            for config in (train_config, evaluate_config):
+        for phase, given in ((TRAIN, train_config), (EVALUATE, evaluate_config)):
+            config = _first_config(phase, given, state)
+            if checkpoints is not None:
                 config[protocol.RUN] = state.run
                 if state.attempts:
                     config[protocol.ATTEMPTS] = list(state.attempts)
@@ -163,8 +181,13 @@ def run_rounds(
             logger.info("")
             logger.info("[ROUND %s/%s]", server_round, num_rounds)
             record = RoundRecord(server_round)
-            federation.train(state, record, train_config)
-            federation.evaluate(state, record, evaluate_config)
+            try:
+                federation.train(state, record)
+                federation.evaluate(state, record)
+            except RoundFailed:
+                if on_round is not None:
+                    on_round(replace(record, arrays=state.arrays))
+                raise
             _evaluate_on_server(state, record, evaluate_fn)
             finish(state, record)
     return _result(state)
@@ -183,11 +206,10 @@ class _Federation:
     num_rounds: int
     reply_memory: int
 
-    def train(self, state: Checkpoint, record: RoundRecord, config: ConfigRecord) -> None:
+    def train(self, state: Checkpoint, record: RoundRecord) -> None:
         """Let clients train, and compute the new global arrays from their replies."""
         with ReplyStore(self.reply_memory) as store:
-            configure = self.strategy.configure_train
-            replies = self._replies(TRAIN, configure, state, record, config, store)
+            replies = self._replies(TRAIN, self.strategy.configure_train, state, record, store)
             if replies is None:
                 return
             record.train_clients = [reply.client for reply in replies]
@@ -203,11 +225,11 @@ class _Federation:
         state.failed_rounds[TRAIN] = 0
         state.arrays = arrays
 
-    def evaluate(self, state: Checkpoint, record: RoundRecord, config: ConfigRecord) -> None:
+    def evaluate(self, state: Checkpoint, record: RoundRecord) -> None:
         """Let clients evaluate the global arrays."""
         with ReplyStore(self.reply_memory) as store:
             configure = self.strategy.configure_evaluate
-            replies = self._replies(EVALUATE, configure, state, record, config, store)
+            replies = self._replies(EVALUATE, configure, state, record, store)
             if replies is None:
                 return
             record.evaluate_clients = [reply.client for reply in replies]
@@ -246,16 +268,21 @@ class _Federation:
         configure: Configure,
         state: Checkpoint,
         record: RoundRecord,
-        config: ConfigRecord,
         store: ReplyStore,
     ) -> list[GoodReply] | None:
         """Choose clients and return their good replies, or None if the phase has failed."""
-        server_round = record.server_round
+        _, config = state.configs[phase]
+        before = dict(config)
+
+        def choose(grid: Grid) -> Iterable[Message]:
+            # `Nodes` may let the strategy choose twice. The strategy may change the config, but it
+            # should not change it twice.
+            config.clear()
+            config.update(before)
+            return configure(record.server_round, state.arrays, config, grid)
+
         with _timed(record, phase):
-            messages = self.nodes.choose(
-                lambda grid: configure(server_round, state.arrays, config, grid),
-                f"{server_round}-{phase}",
-            )
+            messages = self.nodes.choose(choose, f"{record.server_round}-{phase}")
             replies = self.exchange.run(phase, messages, state.arrays, record, store)
         shortage = self.guard and self.guard.shortage(len(replies), len(messages))
         if shortage:
@@ -266,10 +293,10 @@ class _Federation:
     def _for_strategy(self, replies: list[GoodReply]) -> Iterable[Message]:
         """Return the decoded replies in the form that the strategy needs.
 
-        `StreamingFedAvg` gets an iterator, so that only one decoded reply is in memory. Other
-        strategies get a list, because they may read the replies twice or change them.
+        `StreamingFedAvg` decodes the replies while it reads them, so that only one decoded reply is
+        in memory. Other strategies get a list, because they may change the replies.
         """
-        decoded = self.exchange.decoded(replies)
+        decoded = DecodedReplies(self.exchange, replies)
         return decoded if isinstance(self.strategy, StreamingFedAvg) else list(decoded)
 
     def _next_arrays(
@@ -280,12 +307,20 @@ class _Federation:
             return arrays, ""
         if self.guard is not None:
             aggregate = narrow_like(aggregate, arrays)
+            try:
+                check_arrays(aggregate, arrays)
+            except ValueError as error:
+                return arrays, str(error)
             if fault := not_finite(aggregate):
                 return arrays, fault
         if self.outer is None:
             return aggregate, ""
+        velocity = self.outer.state_dict()
         moved = self.outer.step(arrays, aggregate)
-        return moved, "" if self.guard is None else not_finite(moved)
+        fault = "" if self.guard is None else not_finite(moved)
+        if fault:
+            self.outer.load_state_dict(velocity)
+        return moved, fault
 
     def _fail(self, phase: str, reason: str, state: Checkpoint, record: RoundRecord) -> None:
         """Count a failed phase. Raise `RoundFailed` after too many failed rounds in a row."""
@@ -322,7 +357,13 @@ def _evaluate_on_server(
 ) -> None:
     if evaluate_fn is not None:
         with _timed(record, "server-evaluate"):
-            record.server_metrics = _noted(evaluate_fn(record.server_round, state.arrays))
+            metrics = evaluate_fn(record.server_round, state.arrays)
+            if not isinstance(metrics, MetricRecord | None):
+                raise TypeError(
+                    f"evaluate_fn returned a {type(metrics).__name__}, should be a MetricRecord or "
+                    "None"
+                )
+            record.server_metrics = _noted(metrics)
 
 
 def _noted(metrics: MetricRecord | None) -> Metrics | None:
@@ -330,6 +371,21 @@ def _noted(metrics: MetricRecord | None) -> Metrics | None:
         return None
     logger.info("\t└──> MetricRecord: %s", metrics)
     return dict(metrics)
+
+
+def _first_config(phase: str, given: ConfigRecord | None, state: Checkpoint) -> ConfigRecord:
+    """Return the config for the next round, which the strategy may change from round to round.
+
+    The config is kept in `state` together with the values that `run_rounds` was given.
+    """
+    new = ConfigRecord(dict(given or {}))
+    saved, present = state.configs.get(phase, (new, new))
+    if dict(saved) != dict(new):
+        logger.warning("the %s config is not that of the saved run; the new one is used", phase)
+        present = new
+    config = ConfigRecord(dict(present))
+    state.configs[phase] = (new, config)
+    return config
 
 
 def _replay(state: Checkpoint, on_round: Callable[[RoundRecord], None] | None) -> None:

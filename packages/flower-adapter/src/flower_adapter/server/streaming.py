@@ -32,12 +32,15 @@ class StreamingFedAvg(FedAvg):
             if reply.has_error():
                 continue
             content = reply.content
-            arrays = next(r for r in content.values() if isinstance(r, ArrayRecord))
-            metrics = next(r for r in content.values() if isinstance(r, MetricRecord))
+            arrays = next((r for r in content.values() if isinstance(r, ArrayRecord)), None)
+            metrics = next((r for r in content.values() if isinstance(r, MetricRecord)), None)
+            node = f"node {reply.metadata.src_node_id}"
+            if arrays is None or metrics is None or self.weighted_by_key not in metrics:
+                raise ValueError(f"{node}: has no arrays, or no metric {self.weighted_by_key}")
             try:
                 average.add(arrays, float(metrics[self.weighted_by_key]))  # type: ignore[arg-type]
             except ValueError as error:
-                raise ValueError(f"node {reply.metadata.src_node_id}: {error}") from error
+                raise ValueError(f"{node}: {error}") from error
             arrays.clear()
             contents.append(content)
         if not contents:
