@@ -220,6 +220,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert_equal_runs(directory, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_failed_run_fails_with_its_clients_reasons(
     app_directory: Path, tiny: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -233,6 +234,7 @@ def test_a_failed_run_fails_with_its_clients_reasons(
     assert str(caught.value).count("block-size 500 needs at least 501") == 2
 
 
+@pytest.mark.slow
 def test_supernodes_train_on_their_own_directories_as_in_one_process(
     app_directory: Path,
     tiny: dict[str, Any],

@@ -1,6 +1,6 @@
 """Divide a text among clients with a scheme that is common in federated learning.
 
-A span is a piece of the text without gaps. A scheme gives each client some spans for training and
+A span is a contiguous piece of the text. A scheme gives each client some spans for training and
 other spans for validation. No character belongs to two clients. `Partition.left_out` is the number
 of characters that belong to no client.
 """

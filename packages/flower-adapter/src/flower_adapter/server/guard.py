@@ -101,7 +101,7 @@ class Guard:
         }
 
     def shortage(self, good: int, asked: int) -> str | None:
-        """Return the reason if `good` replies from `asked` clients are too few, else None."""
+        """Return a message if too few of the `asked` clients gave a good reply, else None."""
         if asked and good < self.min_replies:
             return f"{good} good of {asked} replies, needs {self.min_replies}"
         return None

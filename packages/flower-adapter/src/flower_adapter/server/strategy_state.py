@@ -44,8 +44,8 @@ def with_inner(strategy: object) -> Iterator[object]:
 def weight_key(strategy: object) -> str:
     """Return the name of the metric that the strategy uses as a reply's weight.
 
-    It is the `weighted_by_key` of the outermost strategy that has this attribute. If no strategy
-    has it, the name is "num-examples".
+    If strategies wrap each other, it is the `weighted_by_key` of the outermost one that has this
+    attribute. If none has it, the name is "num-examples".
     """
     for inner in with_inner(strategy):
         key = getattr(inner, "weighted_by_key", None)
