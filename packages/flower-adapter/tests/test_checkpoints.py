@@ -614,6 +614,19 @@ def test_a_record_survives_a_checkpoint_with_metrics_of_every_kind(tmp_path: Pat
     assert type(metrics["number"]) is int
 
 
+def test_the_header_of_a_state_file_does_not_grow_with_the_records(tmp_path: Path) -> None:
+    """safetensors allows a header of 100 MB, which the records of a long run would exceed."""
+
+    def header_size(metrics: dict[str, float]) -> int:
+        directory = tmp_path / str(len(metrics))
+        run(directory, rounds=1, evaluate_fn=lambda *_: MetricRecord(metrics))
+        file = directory / "round-000001" / "state.safetensors"
+        return int.from_bytes(file.read_bytes()[:8], "little")
+
+    small, large = (header_size({str(k): k / 7 for k in range(n)}) for n in (1, 10_000))
+    assert abs(large - small) < 100
+
+
 # --- which checkpoints stay
 
 

@@ -550,3 +550,25 @@ def test_a_client_that_answers_an_old_version_is_sent_the_model_whole() -> None:
         for node in (1, 2, 3, 4, 5)
     }
     assert bases == {1: "", 2: headers[1]["version"], 3: headers[2]["version"], 4: "", 5: ""}
+
+
+@pytest.mark.parametrize("codec", ["int8", "2-bit"])
+def test_two_records_of_a_reply_have_a_residual_each(codec: str) -> None:
+    """The second record of a client, such as the control variates of SCAFFOLD, changes no bit."""
+    header = CompressionHeader("fp32", codec, "", "").to_record()
+    trained = to_arrays(linear())
+    opposite = ArrayRecord(
+        {name: Array(start()[name].numpy() - trained[name].numpy()) for name in trained}
+    )
+
+    def sent(context: Context, **records: ArrayRecord) -> bytes:
+        message = Message(RecordDict({"arrays": start(), COMPRESSION: header}), 1, "train")
+        reply = compression_mod(
+            message, context, lambda m, _: Message(RecordDict(dict(records)), reply_to=m)
+        )
+        return b"".join(data(reply.content["arrays"]).values())
+
+    alone, beside = (Context(1, 1, {}, RecordDict(), {}) for _ in range(2))
+    for _ in range(3):
+        expected = sent(alone, arrays=trained)
+        assert sent(beside, arrays=trained, controls=opposite) == expected
