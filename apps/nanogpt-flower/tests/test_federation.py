@@ -90,7 +90,6 @@ class Resumed(NamedTuple):
 
     directory: Path
     printed: str
-    settings: dict[str, Any]
 
 
 def cut_off(
@@ -116,7 +115,7 @@ def resume(app: Path, directory: Path, settings: dict[str, Any]) -> Resumed:
     status, printed = run("simulate", app, settings | {"resume-from": str(directory)})
     assert status == 0, printed
     assert run_directories(directory.parent) == [directory]
-    return Resumed(directory, printed, settings)
+    return Resumed(directory, printed)
 
 
 def press_ctrl_c_twice(process: subprocess.Popen[bytes]) -> None:
@@ -178,7 +177,7 @@ def assert_equal_runs(directory: Path, other: Path) -> None:
 
 
 def test_a_simulation_learns_and_leaves_its_files(resumed: Resumed) -> None:
-    directory, printed, _ = resumed
+    directory, printed = resumed
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == list(range(ROUNDS + 1))
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.2

@@ -780,7 +780,7 @@ def test_something_that_is_no_strategy_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("part", ["guard", "compression", "outer", "checkpoints"])
 def test_a_part_of_the_wrong_type_is_refused_by_name(part: str) -> None:
-    with pytest.raises(TypeError, match=rf"{part} is a str, should be .* | None"):
+    with pytest.raises(TypeError, match=rf"{part} is a str, should be .* \| None"):
         run(scripted(good()), **{part: "2-bit"})
 
 

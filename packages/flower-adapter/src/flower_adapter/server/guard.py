@@ -112,11 +112,13 @@ def _above_the_others(values: Sequence[float], ratio: float | None, what: str) -
 
     A value is far above if it is above `ratio` times the median of the other positive values.
     """
+    if ratio is None:
+        return {}
     positive = sorted(value for value in values if value > 0)
     reasons = {}
     for index, value in enumerate(values):
         num_others = len(positive) - (value > 0)
-        if ratio is None or num_others < FEWEST_OTHERS:
+        if num_others < FEWEST_OTHERS:
             continue
         middle = num_others // 2  # the index of the upper median among the others
         if value > 0 and bisect_left(positive, value) <= middle:

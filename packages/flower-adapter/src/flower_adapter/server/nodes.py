@@ -79,8 +79,8 @@ class Nodes:
 
     def _ask(self, nodes: list[int]) -> None:
         queries = [Message(RecordDict(), node, protocol.LABEL_QUERY) for node in nodes]
-        self._labels.update(dict.fromkeys(nodes))
         answers: dict[int, str | None] = dict.fromkeys(nodes)
+        self._labels.update(answers)
         for reply in receive(self._grid, queries, self._timeout):
             answers[reply.metadata.src_node_id] = protocol.label_of(reply)
         self.learn(answers)
