@@ -947,7 +947,7 @@ def test_the_record_holds_the_seconds_of_each_part(
 ) -> None:
     """A clock stands still except where the test moves it."""
     now = [0.0]
-    monkeypatch.setattr("flower_adapter.server.rounds.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("flower_adapter.server.record.time.monotonic", lambda: now[0])
 
     class Timed(Answering):
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -971,6 +971,7 @@ def test_the_record_holds_the_seconds_of_each_part(
     assert zero.seconds == {"server-evaluate": 8.0}
     assert first.seconds == {
         "train": 1.0,
+        "decode": 0.0,
         "aggregate": 4.0,
         "evaluate": 2.0,
         "server-evaluate": 8.0,

@@ -72,34 +72,39 @@ class Exchange:
                 It also adds each client that was left out, with the reason.
             store: keeps the arrays of the replies.
         """
-        messages = self._compressed(messages)
+        if self.compression is not None and not self.compression.is_exact:
+            with record.timed("encode"):
+                messages = self._compressed(self.compression, messages)
         sent = {message.metadata.dst_node_id: _num_bytes(message) for message in messages}
         record.bytes_sent += sum(sent.values())
         started = time.monotonic()
         replies: list[GoodReply] = []
         labels: dict[int, str | None] = {}
+        arrived: dict[int, int] = {}  # by node id: size of the arrays in its reply
         faults = dict.fromkeys(sent, NO_REPLY)  # by node id: why the node has no good reply
         for reply in receive(self.grid, messages, self.timeout):
             seconds = time.monotonic() - started
             node = reply.metadata.src_node_id
-            received = 0
+            arrived[node] = 0
             if not reply.has_error():
-                received = _num_bytes(reply)
+                arrived[node] = _num_bytes(reply)
                 labels[node] = protocol.label_of(reply)
-            record.bytes_received += received
+            record.bytes_received += arrived[node]
             try:
-                norm = self._check(reply, arrays if phase == TRAIN else None)
+                with record.timed("decode"):
+                    norm = self._check(reply, arrays if phase == TRAIN else None)
             except ValueError as error:
                 faults[node] = str(error)
                 continue
             faults.pop(node, None)
             client = ClientRecord(
-                node, None, _metrics(reply), norm, sent.get(node, 0), received, seconds
+                node, None, _metrics(reply), norm, sent.get(node, 0), arrived[node], seconds
             )
             replies.append(GoodReply(store.keep(reply), client))
         self.nodes.learn(labels)
         for node in sorted(faults, key=self.nodes.order):
-            self._leave_out(phase, node, faults[node], record)
+            sizes = sent[node], arrived.get(node, 0)
+            self._leave_out(phase, node, faults[node], record, *sizes)
         good = self._judge(phase, replies, record)
         for counted in good:
             counted.client.label = self.nodes.label(counted.client.node)
@@ -115,10 +120,8 @@ class Exchange:
                     widen_integers(record)
         return message
 
-    def _compressed(self, messages: list[Message]) -> list[Message]:
+    def _compressed(self, compression: Compression, messages: list[Message]) -> list[Message]:
         """Compress the arrays of the messages."""
-        if self.compression is None or self.compression.is_exact:
-            return messages
         first: ArrayRecord | None = None
         for message in messages:
             records = {k: r for k, r in message.content.items() if isinstance(r, ArrayRecord)}
@@ -130,7 +133,7 @@ class Exchange:
                 raise CodecError(
                     "the strategy sends different models; compression needs one model for all"
                 )
-            payload, header = self.compression.encode(arrays, message.metadata.dst_node_id)
+            payload, header = compression.encode(arrays, message.metadata.dst_node_id)
             # Strategies give the same content to all messages, so each message gets a new content.
             message.content = RecordDict(
                 {**message.content, key: payload, protocol.COMPRESSION: header}
@@ -168,10 +171,14 @@ class Exchange:
             [reply.client.metrics[self.weight_key] for reply in ordered],
         )
         for index, reason in outliers.items():
-            self._leave_out(phase, ordered[index].client.node, reason, record)
+            client = ordered[index].client
+            sizes = client.bytes_sent, client.bytes_received
+            self._leave_out(phase, client.node, reason, record, *sizes)
         return [reply for index, reply in enumerate(ordered) if index not in outliers]
 
-    def _leave_out(self, phase: str, node: int, reason: str, record: RoundRecord) -> None:
+    def _leave_out(
+        self, phase: str, node: int, reason: str, record: RoundRecord, sent: int, received: int
+    ) -> None:
         logger.warning(
             "%s round %d: left out node %d: %s",
             phase,
@@ -179,7 +186,7 @@ class Exchange:
             node,
             reason,
         )
-        record.left_out.append(LeftOut(phase, node, self.nodes.label(node), reason))
+        record.left_out.append(LeftOut(phase, node, self.nodes.label(node), reason, sent, received))
 
 
 def _metrics(reply: Message) -> Metrics:

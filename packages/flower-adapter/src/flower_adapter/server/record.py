@@ -1,6 +1,8 @@
 """This module defines the record of a round: metrics, clients, failures, sizes and times."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -30,6 +32,8 @@ class LeftOut:
     node: int
     label: str | None
     reason: str
+    bytes_sent: int = 0  # size of the arrays to the client
+    bytes_received: int = 0  # size of the arrays from the client
 
 
 @dataclass
@@ -50,7 +54,9 @@ class RoundRecord:
     failures: list[str] = field(default_factory=list)  # a sentence for each phase that failed
     bytes_sent: int = 0  # size of all arrays to clients
     bytes_received: int = 0  # size of all arrays from clients, including left-out replies
-    seconds: dict[str, float] = field(default_factory=dict)  # by part of the round
+    # By part of the round. "encode" and "decode" are the server's own work while it sends messages
+    # and checks replies, so "train" and "evaluate" include them.
+    seconds: dict[str, float] = field(default_factory=dict)
     arrays: ArrayRecord | None = None  # the global arrays after the round, see `run_rounds`
 
     def metric(self, name: str) -> float | None:
@@ -60,6 +66,15 @@ class RoundRecord:
             if isinstance(value, int | float):
                 return float(value)
         return None
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Measure a part of the round, and add its seconds to the record."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as nested dicts, without its arrays."""

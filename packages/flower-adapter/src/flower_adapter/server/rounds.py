@@ -1,9 +1,8 @@
 """Run the rounds of a federation. The code follows the order of events in a round."""
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -152,7 +151,7 @@ def run_rounds(
         state.server_round = record.server_round
         state.records.append(record)
         if checkpoints is not None:
-            with _timed(record, "checkpoint"):
+            with record.timed("checkpoint"):
                 state.states = federation.states()
                 state.random_states = random_states()
                 checkpoints.write(state)
@@ -213,7 +212,7 @@ class _Federation:
             if replies is None:
                 return
             record.train_clients = [reply.client for reply in replies]
-            with _timed(record, "aggregate"):
+            with record.timed("aggregate"):
                 arrays, metrics = self.strategy.aggregate_train(
                     record.server_round, self._for_strategy(replies)
                 )
@@ -281,7 +280,7 @@ class _Federation:
             config.update(before)
             return configure(record.server_round, state.arrays, config, grid)
 
-        with _timed(record, phase):
+        with record.timed(phase):
             messages = self.nodes.choose(choose, f"{record.server_round}-{phase}")
             replies = self.exchange.run(phase, messages, state.arrays, record, store)
         shortage = self.guard and self.guard.shortage(len(replies), len(messages))
@@ -342,21 +341,11 @@ class _Federation:
         )
 
 
-@contextmanager
-def _timed(record: RoundRecord, part: str) -> Iterator[None]:
-    """Measure a part of the round, and add its seconds to the record."""
-    started = time.monotonic()
-    try:
-        yield
-    finally:
-        record.seconds[part] = record.seconds.get(part, 0.0) + time.monotonic() - started
-
-
 def _evaluate_on_server(
     state: Checkpoint, record: RoundRecord, evaluate_fn: EvaluateFn | None
 ) -> None:
     if evaluate_fn is not None:
-        with _timed(record, "server-evaluate"):
+        with record.timed("server-evaluate"):
             metrics = evaluate_fn(record.server_round, state.arrays)
             if not isinstance(metrics, MetricRecord | None):
                 raise TypeError(
