@@ -82,7 +82,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check the types with `mypy --strict`."""
-    install(session, "mypy", *LIBRARIES, f"{APP}[local]")
+    install(session, "mypy", *LIBRARIES, APP)
     for package in LIBRARIES:
         session.run("mypy", "--strict", f"{package}/src")
     session.run("mypy", "--strict", f"{APP}/nanogpt_flower")
@@ -213,17 +213,16 @@ def readme_example(readme: Path) -> str:
 
 @nox.session
 def simulate(session: nox.Session) -> None:
-    """Train in a Flower simulation. Arguments: [quick|full] [key=value ...] [--num-clients N]."""
-    federate(session, "simulate")
+    """Train in a Flower simulation. Arguments: [quick|full] [key=value ...] [--clients N]."""
+    federate(session)
 
 
 @nox.session
 def deploy(session: nox.Session) -> None:
-    """Train on real local SuperNodes. Arguments: [quick|full] [key=value ...] [--num-clients N]."""
-    federate(session, "deploy")
+    """Train on real local SuperNodes. Arguments: [quick|full] [key=value ...] [--clients N]."""
+    federate(session, "--deploy")
 
 
-def federate(session: nox.Session, runtime: str) -> None:
-    install(session, *LIBRARIES, f"{APP}[local]")
-    command = ["python", "-m", "nanogpt_flower.local", runtime, "--app", APP, *session.posargs]
-    session.run(*command, **INTERRUPT)
+def federate(session: nox.Session, *options: str) -> None:
+    install(session, *LIBRARIES, APP)
+    session.run("nanogpt-flower", "run", *options, *session.posargs, **INTERRUPT)

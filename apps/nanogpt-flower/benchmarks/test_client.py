@@ -15,7 +15,7 @@ from nanogpt_flower.composition import model_config
 from nanogpt_flower.settings import Settings
 from shakespeare_data import Batches, CharTokenizer, load_corpus, partition
 
-QUICK = Path(__file__).parents[1] / "presets" / "quick.toml"
+QUICK = Path(__file__).parents[1] / "nanogpt_flower" / "presets" / "quick.toml"
 
 
 def test_round_of_a_client(compare: Callable[..., None], tmp_path: Path) -> None:

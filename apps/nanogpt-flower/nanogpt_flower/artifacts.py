@@ -3,10 +3,17 @@
 import io
 import json
 import os
+import platform
+import re
 import tempfile
+from collections.abc import Iterable, Mapping
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import psutil
+import torch
 
 import nanogpt_flower
 from gpt_core import GPT, Runtime, save_pretrained
@@ -47,8 +54,36 @@ def writable_directory(output_dir: str, subdirectory: str = "") -> Path:
     return path
 
 
+def new_run_name(output_dir: Path, preset: str = "") -> str:
+    """Return a name for a new run that no directory in `output_dir` has.
+
+    The name consists of the time and the preset, as in "2026-11-24-2215-quick". If there is such a
+    directory, the name gets a number.
+    """
+    name = f"{datetime.now():%Y-%m-%d-%H%M}" + (f"-{preset}" if preset else "")
+    names, number = name, 1
+    while (output_dir / names).exists():
+        number += 1
+        names = f"{name}-{number}"
+    return names
+
+
+def machine() -> dict[str, Any]:
+    """Describe this machine: processor, cores, memory, GPU, operating system and Python."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return {
+        "processor": found[1] if found else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+    }
+
+
 class RunDirectory:
-    """The directory of one run, `<output-dir>/<run id>/`.
+    """The directory of one run, `<output-dir>/<run name>/`.
 
     Each file is written under a temporary name, synced to the disk, and then renamed. Therefore a
     reader never sees a file that is only half written.
@@ -58,13 +93,17 @@ class RunDirectory:
         self.path = path
 
     @classmethod
-    def create(cls, output_dir: str, run_id: int) -> "RunDirectory":
-        """Create the directory of a new run.
+    def create(cls, output_dir: str, name: str) -> "RunDirectory":
+        """Create the directory of a new run. If the name is empty, the directory gets a new name.
 
         Raises:
-            SettingsError: if the directory cannot be created or written.
+            SettingsError: if the directory cannot be created or written, or if a run is in it.
         """
-        return cls(writable_directory(output_dir, str(run_id)))
+        name = name or new_run_name(writable_directory(output_dir))
+        path = writable_directory(output_dir, name)
+        if (path / CHECKPOINTS).exists():
+            raise SettingsError(f"run-name is {name!r}, but the directory {path} holds a run")
+        return cls(path)
 
     @classmethod
     def resume(cls, settings: Settings, corpus: Corpus | None) -> "RunDirectory":
@@ -119,19 +158,60 @@ class RunDirectory:
         config = {
             "settings": settings.to_run_config(),
             "parameters": model.num_parameters(),
-            "corpus": corpus and {name: getattr(corpus, name) for name in CORPUS_FIELDS},
+            "corpus": corpus
+            and {name: getattr(corpus, name) for name in CORPUS_FIELDS}
+            | {"characters": len(corpus.text)},
             "server": runtime.to_dict(),
+            "machine": machine(),
             "versions": {
                 "nanogpt-flower": nanogpt_flower.__version__,
                 **{name: version(name) for name in LIBRARIES},
             },
         }
-        self._write_text(CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        self.write_json(CONFIG_FILE, config)
 
-    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Write `metrics.jsonl` with one line for each round."""
+    @property
+    def newest_checkpoint(self) -> int:
+        """The round of the newest checkpoint, or 0 if there is none."""
+        names = (path.name for path in self.checkpoints.glob("round-*"))
+        return max((int(name.removeprefix("round-")) for name in names), default=0)
+
+    def write_json(self, name: str, document: Mapping[str, Any]) -> None:
+        """Write a file with one JSON object."""
+        self._write_text(name, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a file with one JSON object. If there is no such file, return an empty dictionary.
+
+        Raises:
+            SettingsError: if the file is damaged.
+        """
+        path = self.path / name
+        if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise SettingsError(f"{path} is damaged: it must hold one JSON object") from error
+
+    def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write a file with one JSON object in each line."""
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
-        self._write_text("metrics.jsonl", "".join(lines))
+        self._write_text(name, "".join(lines))
+
+    def read_lines(self, name: str) -> list[dict[str, Any]]:
+        """Read a file with one JSON object in each line. Return [] if there is no such file.
+
+        Raises:
+            SettingsError: if the file is damaged.
+        """
+        path = self.path / name
+        if not path.exists():
+            return []
+        try:
+            return [dict(json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+        except (ValueError, TypeError) as error:
+            raise SettingsError(f"{path} is damaged: each line must hold a JSON object") from error
 
     def save_model(self, model: GPT, tokenizer: CharTokenizer) -> None:
         """Save the model and its tokenizer in `model/`."""

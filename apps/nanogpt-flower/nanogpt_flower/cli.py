@@ -1,111 +1,346 @@
-"""Write text with the model that a run has trained."""
+"""The command `nanogpt-flower`."""
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import torch
+import click
+import typer
 
 import nanogpt_flower
-from gpt_core import GPT, CheckpointError, Runtime, from_pretrained, stream
-from nanogpt_flower.artifacts import MODEL_DIRECTORY, TOKENIZER_FILE
-from nanogpt_flower.composition import default_prompt
-from shakespeare_data import CharTokenizer
+from nanogpt_flower.interrupts import handle_signals
+
+if TYPE_CHECKING:
+    from nanogpt_flower.local.launch import Launch
+
+# The commands import torch and Flower only when they run, so `--help` is fast.
+
+app = typer.Typer(
+    name="nanogpt-flower",
+    help="Train one small GPT together with others, and write text with it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help='a run: "latest", its name in runs/, or its path')
+]
+OutputDir = Annotated[Path, typer.Option("--output-dir", help="the directory with the runs")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="settings of the run")
+]
+PresetAndOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[preset] [key=value]...", help="a preset (default: quick), then settings"
+    ),
+]
+Clients = Annotated[int, typer.Option("--clients", help="number of clients")]
+Cpus = Annotated[
+    int | None, typer.Option("--cpus", help="cores of each simulated client (default: 1)")
+]
+Gpus = Annotated[
+    float | None, typer.Option("--gpus", help="share of a GPU of each simulated client")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="show the lines of Flower and Ray too")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest character")
+]
+TopK = Annotated[
+    int, typer.Option("--top-k", min=0, max=2**31 - 1, help="draw from the k likeliest; 0 is all")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="draw from the likeliest with this total probability")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps")]
+Int8 = Annotated[bool, typer.Option("--int8", help="keep the weights as int8 numbers")]
+Length = Annotated[
+    int, typer.Option("--tokens", min=0, max=2**31 - 1, help="number of characters to write")
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, max=2**63 - 1, help="equal seeds give equal texts"),
+]
+RUNS = Path("runs")
 
 
-def load_model(directory: Path) -> tuple[GPT, CharTokenizer]:
-    """Load a model and its tokenizer from a run directory, or from the directory `model/` in it.
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    """Train one small GPT together with others, and write text with it."""
+    if version:
+        print(nanogpt_flower.__version__)
+        raise typer.Exit
 
-    Raises:
-        CheckpointError: if the model cannot be loaded or does not fit the tokenizer.
-        DataError: if the tokenizer cannot be loaded.
+
+@app.command()
+def run(
+    arguments: PresetAndOverrides = None,
+    clients: Clients = 2,
+    deploy: Annotated[
+        bool, typer.Option("--deploy", help="a SuperLink and SuperNodes instead of a simulation")
+    ] = False,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    verbose: Verbose = False,
+) -> None:
+    """Train, and show the progress. The exit status is 0 only if the run completed.
+
+    \b
+    nanogpt-flower run quick
+    nanogpt-flower run quick corpus=my.txt
+    nanogpt-flower run full uplink=2-bit downlink=2-bit
+    nanogpt-flower run quick --clients 4 partition=by-play --deploy
     """
-    inside = directory / MODEL_DIRECTORY
-    directory = inside if inside.is_dir() else directory
-    model, tokenizer = from_pretrained(directory), CharTokenizer.load(directory / TOKENIZER_FILE)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise CheckpointError(
-            f"{directory / TOKENIZER_FILE} has {tokenizer.vocab_size} characters, but the model "
-            f"beside it has {model.config.vocab_size}"
+    from nanogpt_flower.local.launch import prepare
+
+    launch = prepare(arguments or [], clients=clients, deploy=deploy, cpus=cpus, gpus=gpus)
+    _run(launch, verbose)
+
+
+@app.command()
+def resume(
+    name: RunName,
+    arguments: Overrides = None,
+    output_dir: OutputDir = RUNS,
+    verbose: Verbose = False,
+) -> None:
+    """Go on with a run from its newest checkpoint, with its own settings.
+
+    \b
+    nanogpt-flower resume latest
+    nanogpt-flower resume 2026-11-24-2215-quick num-server-rounds=8
+    """
+    from nanogpt_flower.local.launch import prepare_resume
+
+    _run(prepare_resume(name, output_dir, arguments or []), verbose)
+
+
+def _run(launch: "Launch", verbose: bool) -> None:
+    from rich.console import Console
+
+    from nanogpt_flower.local.federation import LocalRunError
+    from nanogpt_flower.local.launch import LOG_FILE, Interrupted, run
+
+    try:
+        directory = run(launch, Console(highlight=False), verbose=verbose)
+    except LocalRunError as error:
+        raise click.ClickException(str(error)) from error
+    except Interrupted as error:
+        print(
+            "nanogpt-flower: interrupted; all processes have been stopped. Go on with: "
+            f"nanogpt-flower resume {_short(error.directory)}",
+            file=sys.stderr,
         )
-    return model, tokenizer
+        raise typer.Exit(130) from error
+    sample = directory / "sample.txt"
+    if sample.exists() and (text := sample.read_text(encoding="utf-8")).strip():
+        print(f"\n{text}\n")
+    print(f"report: {_short(directory / 'report.html')}")
+    print(f"log: {_short(directory / LOG_FILE)}")
 
 
-def sample(arguments: argparse.Namespace) -> None:
-    """Print the prompt. Then print the text that the model writes, one character at a time."""
-    model, tokenizer = load_model(arguments.directory)
-    runtime = Runtime.resolve(device=arguments.device, compile="off")
-    prompt = arguments.prompt or default_prompt(tokenizer)
-    prompt_ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))[None]  # (1, T)
-    tokens = stream(
-        runtime.prepare(model),
-        prompt_ids,
-        arguments.tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        seed=arguments.seed,
-    )
-    print(prompt, end="", flush=True)
-    for token in tokens:
-        print(tokenizer.decode([int(token)]), end="", flush=True)
+def _short(path: Path) -> Path:
+    """Return a path relative to the current directory, if it is in it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+@app.command()
+def presets() -> None:
+    """List the presets with their size, tokens, loss and time.
+
+    \b
+    nanogpt-flower presets
+    """
+    from gpt_core import GPT
+    from nanogpt_flower.composition import model_config
+    from nanogpt_flower.preset import all_presets
+
+    for preset in all_presets().values():
+        settings = preset.settings
+        model = GPT(model_config(settings, 65))
+        minutes = "; ".join(f"{value:g} min on {key}" for key, value in preset.minutes.items())
+        print(
+            f"{preset.name}: {preset.summary}\n"
+            f"  size    {model.num_parameters() / 1e6:.2f}M parameters\n"
+            f"  rounds  {settings.num_server_rounds} x {settings.max_steps} steps\n"
+            f"  tokens  {preset.tokens:,} for each client\n"
+            f"  loss    {preset.val_loss:.2f} with 2 clients on Tiny Shakespeare\n"
+            f"  time    {minutes}"
+        )
+
+
+@app.command()
+def runs(output_dir: OutputDir = RUNS) -> None:
+    """List the runs, oldest first.
+
+    \b
+    nanogpt-flower runs
+    nanogpt-flower runs --output-dir elsewhere
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from nanogpt_flower.runs import all_runs
+
+    found = all_runs(output_dir)
+    if not found:
+        print(f"there are no runs in {output_dir}; start one with: nanogpt-flower run quick")
+        return
+    table = Table(box=None, pad_edge=False, header_style="")
+    for column in ("run", "when", "preset", "text", "rounds", "loss", "state"):
+        table.add_column(column, no_wrap=column in ("run", "when"), overflow="fold")
+    for one in found:
+        cells = [
+            one.path.name,
+            f"{one.started:%Y-%m-%d %H:%M}",
+            one.preset or "-",
+            one.corpus or "-",
+            f"{one.rounds}/{one.num_rounds}",
+            "-" if one.loss is None else f"{one.loss:.4f}",
+            one.state,
+        ]
+        table.add_row(*map(Text, cells))
+    # A pipe gets whole lines, whatever the width of the terminal is.
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+@app.command()
+def sample(
+    name: RunName,
+    prompt: Annotated[str, typer.Option("--prompt", help="start of the text")] = "",
+    tokens: Length = 500,
+    seed: Seed = None,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    int8: Int8 = False,
+    device: Device = "auto",
+    output_dir: OutputDir = RUNS,
+) -> None:
+    """Print text that the model of a run writes.
+
+    \b
+    nanogpt-flower sample latest --prompt "ROMEO:" --tokens 500 --seed 1
+    """
+    from nanogpt_flower.runs import find_run
+    from nanogpt_flower.trained import Writer
+
+    writer = Writer(find_run(name, output_dir), device=device, int8=int8)
+    for text in writer.write(
+        prompt, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    ):
+        print(text, end="", flush=True)
     print()
 
 
-def _whole_number(most: int) -> Callable[[str], int]:
-    """Return an argument parser for whole numbers from 0 to `most`."""
+@app.command()
+def chat(
+    name: RunName,
+    tokens: Length = 200,
+    seed: Seed = None,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    int8: Int8 = False,
+    device: Device = "auto",
+    output_dir: OutputDir = RUNS,
+) -> None:
+    """Write a text for each prompt, until Ctrl-D. Each prompt starts a new text.
 
-    def parse(text: str) -> int:
+    \b
+    nanogpt-flower chat latest --temperature 0.7 --top-p 0.9 --int8
+    """
+    from nanogpt_flower.runs import find_run
+    from nanogpt_flower.trained import Writer
+
+    writer = Writer(find_run(name, output_dir), device=device, int8=int8)
+    if sys.stdin.isatty():
+        print("Write the start of a text and press Enter. Ctrl-D ends.")
+    while True:
         try:
-            value = int(text)
-        except ValueError:
-            value = -1
-        if not 0 <= value <= most:
-            raise argparse.ArgumentTypeError(
-                f"it is {text!r}; it must be a whole number from 0 to {most}"
-            )
-        return value
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            print()
+            return
+        try:
+            for text in writer.write(
+                prompt, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            ):
+                print(text, end="", flush=True)
+            print()
+        except ValueError as error:  # a character that the model does not know
+            print(error, file=sys.stderr)
 
-    return parse
+
+@app.command("eval")
+def evaluate(
+    name: RunName,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="a text file (default: the validation text)")
+    ] = None,
+    output_dir: OutputDir = RUNS,
+) -> None:
+    """Print the loss, the bits per character and the perplexity of the model of a run.
+
+    \b
+    nanogpt-flower eval latest
+    nanogpt-flower eval latest --text my.txt
+    """
+    from nanogpt_flower.runs import find_run
+    from nanogpt_flower.trained import evaluate_run
+
+    found = evaluate_run(find_run(name, output_dir), text)
+    print(f"text                {found.text}, {found.characters:,} characters")
+    print(f"loss                {found.loss:.4f} nats per character")
+    print(f"bits per character  {found.bits:.4f}")
+    print(f"perplexity          {found.perplexity:.2f}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nanogpt-flower", description=__doc__)
-    parser.add_argument("--version", action="version", version=nanogpt_flower.__version__)
-    commands = parser.add_subparsers(required=True, metavar="command")
-    command = commands.add_parser(
-        "sample",
-        help="print text that a trained model writes",
-        epilog='example: nanogpt-flower sample runs/123 --prompt "ROMEO:" --tokens 500 --seed 1',
-    )
-    count, seed = _whole_number(2**31 - 1), _whole_number(2**63 - 1)
-    add = command.add_argument
-    add("directory", type=Path, help="a run directory, or the model/ in it")
-    add("--prompt", default="", help="start of the text (default: a line break)")
-    add("--tokens", type=count, default=500, help="number of characters to write (default: 500)")
-    add("--seed", type=seed, help="equal seeds give equal texts (default: another text each time)")
-    add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
-    add("--top-k", type=count, default=0, help="draw from the k likeliest; 0 is all (default: 0)")
-    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    command.set_defaults(run=sample)
-    return parser
+@app.command()
+def report(name: RunName, output_dir: OutputDir = RUNS) -> None:
+    """Write the report of a run again, and print its path.
+
+    \b
+    nanogpt-flower report latest
+    """
+    from nanogpt_flower.artifacts import RunDirectory
+    from nanogpt_flower.report import write_report
+    from nanogpt_flower.runs import find_run, state_of
+
+    directory = find_run(name, output_dir)
+    running = state_of(RunDirectory(directory)) == "running"
+    print(_short(write_report(directory, refresh=running)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
-    If the input is bad, the command prints one line on stderr and returns 2.
+    If the input is bad, the command prints one line on stderr and returns 2. If a run fails, it
+    returns 1. After Ctrl-C it returns 130.
     """
-    arguments = _parser().parse_args(argv)
+    handle_signals()
     try:
-        arguments.run(arguments)
-    except ValueError as error:  # includes CheckpointError, ConfigError and DataError
+        status = app(args=argv, prog_name="nanogpt-flower", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except ValueError as error:  # includes CheckpointError, ConfigError, DataError, SettingsError
         print(f"nanogpt-flower: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
+        print("nanogpt-flower: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return status if isinstance(status, int) else 0

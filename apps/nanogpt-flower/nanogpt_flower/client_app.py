@@ -1,6 +1,7 @@
 """The ClientApp, which trains and evaluates the global model on this client's own text."""
 
 import logging
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from flower_adapter import (
     torch_client_app,
 )
 from gpt_core import GPT, Progress, build_optimizer, evaluate, learning_rate_at, train_steps
+from nanogpt_flower import progress
 from nanogpt_flower.client_text import client_part, directory_part, label, text_name
 from nanogpt_flower.composition import VOCABULARY, client_seed, model_config, runtime
 from nanogpt_flower.settings import Settings
@@ -39,7 +41,8 @@ def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float
     """
     settings = Settings.from_run_config(context.run_config)
     part, name = client_part(settings, config, context), text_name(context)
-    seed = client_seed(settings, label(context), int(str(config["server-round"])))
+    client, server_round = label(context), int(str(config["server-round"]))
+    seed = client_seed(settings, client, server_round)
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))  # dropout
     run = runtime(settings)
     logger.info("[%s] trains on %s characters: %s", name, f"{len(part.train):,}", run)
@@ -54,8 +57,9 @@ def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float
             steps_before + step, peak=settings.learning_rate, warmup_steps=settings.warmup_steps
         )
 
-    def report(progress: Progress) -> None:
-        logger.info("[%s] %s", name, progress)
+    def report(now: Progress) -> None:
+        logger.info("[%s] %s", name, now)
+        progress.emit("client", round=server_round, client=client, **asdict(now))
 
     result = train_steps(
         prepared,
@@ -65,9 +69,15 @@ def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float
         runtime=run,
         learning_rate=learning_rate,
         on_progress=report,
+        progress_seconds=1.0 if progress.is_shown() else 5.0,
     )
     save_state(context, valid_for=model, optimizer=optimizer, steps=steps_before + result.steps)
-    return {"train-loss": result.loss, "num-examples": len(part.train)}
+    return {
+        "train-loss": result.loss,
+        "num-examples": len(part.train),
+        "tokens": result.tokens,
+        "train-seconds": result.seconds,
+    }
 
 
 def num_steps(settings: Settings, part: Part) -> int:
@@ -87,6 +97,7 @@ def evaluate_part(model: GPT, config: ConfigRecord, context: Context) -> dict[st
     """Return the loss of the global model on the whole validation text of this client."""
     settings = Settings.from_run_config(context.run_config)
     part, run = client_part(settings, config, context), runtime(settings)
+    progress.emit("evaluate", round=int(str(config["server-round"])), client=label(context))
     batches = sequential_batches(part.val, settings.batch_size, settings.block_size)
     loss = evaluate(run.prepare(model), batches, runtime=run)
     return {"val-loss": loss, "num-examples": len(part.val) - 1}

@@ -1,14 +1,19 @@
 """Functions that the client and the server share, so that both use the settings in the same way."""
 
 import zlib
+from typing import Any
 
 from flower_adapter import CodecError, Compression
 from gpt_core import GPTConfig, Runtime
 from nanogpt_flower.settings import Settings, SettingsError
-from shakespeare_data import CharTokenizer, Corpus, DataError, Partition, partition
+from shakespeare_data import SCHEMES, CharTokenizer, Corpus, DataError, Partition, partition
 
 NO_CORPUS = "none"  # value of `corpus` if the server has no text
 VOCABULARY = "vocabulary"  # the query for the vocabulary of a client's own text
+
+# The types of a partition scheme's options, and the option that a value without a name sets.
+_OPTION_TYPES: dict[str, type] = {"alpha": float, "window": int, "by": str}
+_FIRST_OPTION = {"iid": "window", "dirichlet": "alpha", "quantity-skew": "alpha"}
 
 
 def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
@@ -47,22 +52,68 @@ def compression(settings: Settings) -> Compression:
 def parts(
     settings: Settings, corpus: Corpus, tokenizer: CharTokenizer, num_clients: int
 ) -> Partition:
-    """Divide the corpus into equal parts, one for each client.
+    """Divide the corpus among the clients with the scheme in the setting `partition`.
 
     A window and its targets need `block-size` + 1 characters. Each part has at least this many
     characters for training, and at least this many for validation.
 
     Raises:
+        SettingsError: the value of `partition` is not a scheme with its options.
         DataError: the corpus is too small for this number of clients.
     """
+    scheme, options = partition_scheme(settings)
     needed = settings.block_size + 1
     try:
-        return partition(corpus, num_clients, tokenizer=tokenizer, min_characters=needed)
+        return partition(
+            corpus,
+            num_clients,
+            scheme,
+            settings.seed,
+            tokenizer=tokenizer,
+            min_characters=needed,
+            **options,
+        )
     except DataError as error:
         raise DataError(
             f"block-size {settings.block_size} needs at least {needed} characters of each client "
             f"to train and to validate: {error}"
         ) from error
+
+
+def partition_scheme(settings: Settings) -> tuple[Any, dict[str, Any]]:
+    """Return the scheme and the options in the setting `partition`.
+
+    "dirichlet:0.5" and "dirichlet:alpha=0.5,by=speaker" are examples.
+
+    Raises:
+        SettingsError: the scheme or an option does not exist, or the value of an option has the
+            wrong type.
+    """
+    scheme, _, given = settings.partition.partition(":")
+    options: dict[str, Any] = {}
+    problem = "" if scheme in SCHEMES else f"the scheme must be one of {', '.join(SCHEMES)}"
+    for option in given.split(",") if given else []:
+        name, equals, value = option.partition("=")
+        if not equals:
+            name, value = _FIRST_OPTION.get(scheme, ""), option
+        try:
+            options[name] = _OPTION_TYPES[name](value)
+        except (KeyError, ValueError):
+            allowed = ", ".join(f"{name} ({kind.__name__})" for name, kind in _OPTION_TYPES.items())
+            problem = problem or f"{option!r} must set one of the options {allowed}"
+    if problem:
+        raise SettingsError(f"partition is {settings.partition!r}; {problem}")
+    return scheme, options
+
+
+def validation_text(settings: Settings, corpus: Corpus) -> str:
+    """Return the text on which the server evaluates: the validation side of all clients together.
+
+    No client trains on any of it, whatever the partition scheme.
+    """
+    scheme, _ = partition_scheme(settings)
+    at_the_end = scheme in ("contiguous", "iid", "quantity-skew")
+    return corpus.split(by="end" if at_the_end else "speech")[1]
 
 
 class VocabularyMismatch(ValueError):

@@ -1,7 +1,6 @@
 """The ServerApp, which averages the clients' models, evaluates the average and writes a sample."""
 
 import logging
-from collections.abc import Iterator
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
@@ -17,7 +16,8 @@ from flower_adapter import (
     run_rounds,
     to_arrays,
 )
-from gpt_core import GPT, evaluate, stream
+from gpt_core import GPT, Runtime, evaluate, stream
+from nanogpt_flower import progress
 from nanogpt_flower.artifacts import RunDirectory
 from nanogpt_flower.composition import (
     NO_CORPUS,
@@ -25,10 +25,12 @@ from nanogpt_flower.composition import (
     model_config,
     runtime,
     sample_prompt,
+    validation_text,
 )
 from nanogpt_flower.history import History
 from nanogpt_flower.server_text import ask_vocabulary, wait_for_clients
 from nanogpt_flower.settings import Settings
+from nanogpt_flower.trackers import Trackers, check_trackers
 from shakespeare_data import CharTokenizer, Corpus, load_corpus, sequential_batches
 
 NO_CORPUS_NOTE = "the server has no text: val loss is the mean over the clients' own text"
@@ -45,8 +47,9 @@ def main(grid: Grid, context: Context) -> None:
     corpus = None if settings.corpus == NO_CORPUS else load_corpus(settings.corpus)
     tokenizer = CharTokenizer.from_text(corpus.text) if corpus else ask_vocabulary(grid, settings)
     prompt = sample_prompt(settings, tokenizer)
-    validation = None if corpus is None else tokenizer.encode(corpus.split()[1])
-    directory = run_directory(settings, corpus, context)
+    validation = None if corpus is None else tokenizer.encode(validation_text(settings, corpus))
+    check_trackers(settings.report_to)
+    directory = run_directory(settings, corpus)
 
     torch.manual_seed(settings.seed)
     model = GPT(model_config(settings, tokenizer.vocab_size))
@@ -54,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
     logger.info("output: %s", directory.path)
     logger.info("corpus: %s", f"{corpus.name} ({corpus.source})" if corpus else "none here")
     logger.info("model: %.2fM parameters; server: %s", model.num_parameters() / 1e6, run)
-    history = History(directory, note=corpus.note if corpus else NO_CORPUS_NOTE)
+    note = corpus.note if corpus else NO_CORPUS_NOTE
 
     def evaluate_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         if validation is None:
@@ -66,46 +69,95 @@ def main(grid: Grid, context: Context) -> None:
     def finish_round(record: RoundRecord) -> None:
         if not history.rows:  # this is the first call
             directory.write_config(settings, corpus, run, model)
-        if record.arrays is not None:
-            load_arrays(model, record.arrays)
-            directory.save_model(model, tokenizer)
-        history.add(record)
+        if record.arrays is None:
+            history.replay(record)
+            return
+        load_arrays(model, record.arrays)
+        directory.save_model(model, tokenizer)
+        length = settings.round_sample_tokens
+        history.add(record, write(model, tokenizer, prompt, length, settings) if length else None)
 
-    wait_for_clients(grid, settings.min_clients)
-    run_rounds(
-        grid,
-        strategy(settings),
-        initial,
-        num_rounds=settings.num_server_rounds,
-        timeout=settings.round_timeout or None,
-        seed=settings.seed,
-        guard=Guard(min_replies=settings.min_replies, max_failed_rounds=settings.max_failed_rounds),
-        compression=codecs,
-        outer=OuterOptimizer(
-            learning_rate=settings.outer_learning_rate, momentum=settings.outer_momentum
-        ),
-        checkpoints=Checkpoints(
-            directory.checkpoints,
-            keep=settings.keep_checkpoints,
-            best="val-loss",
-            resume=bool(settings.resume_from),
-        ),
-        train_config=config_for_clients(corpus, tokenizer),
-        evaluate_config=config_for_clients(corpus, tokenizer),
-        evaluate_fn=evaluate_round,
-        on_round=finish_round,
-    )
-    sample = prompt + "".join(write(model, tokenizer, prompt, settings))
+    nodes = wait_for_clients(grid, settings.min_clients)
+    emit_plan(settings, corpus, run, model, directory, len(nodes), note)
+    with Trackers(
+        settings.report_to, directory.path, directory.path.name, settings.to_run_config()
+    ) as trackers:
+        model_bytes = sum(len(array.data) for array in initial.values())
+        history = History(directory, model_bytes=model_bytes, trackers=trackers, note=note)
+        run_rounds(
+            grid,
+            strategy(settings),
+            initial,
+            num_rounds=settings.num_server_rounds,
+            timeout=settings.round_timeout or None,
+            seed=settings.seed,
+            guard=Guard(
+                min_replies=settings.min_replies, max_failed_rounds=settings.max_failed_rounds
+            ),
+            compression=codecs,
+            outer=OuterOptimizer(
+                learning_rate=settings.outer_learning_rate, momentum=settings.outer_momentum
+            ),
+            checkpoints=Checkpoints(
+                directory.checkpoints,
+                keep=settings.keep_checkpoints,
+                best="val-loss",
+                resume=bool(settings.resume_from),
+            ),
+            train_config=config_for_clients(corpus, tokenizer),
+            evaluate_config=config_for_clients(corpus, tokenizer),
+            evaluate_fn=evaluate_round,
+            on_round=finish_round,
+        )
+    sample = write(model, tokenizer, prompt, settings.sample_tokens, settings)
     directory.write_sample(sample)
+    history.write(running=False)
     print(history.table(), flush=True)
     print(f"\n--- sample\n{sample}\n---\noutput: {directory.path}", flush=True)
+    progress.emit("end")
 
 
-def run_directory(settings: Settings, corpus: Corpus | None, context: Context) -> RunDirectory:
+def emit_plan(
+    settings: Settings,
+    corpus: Corpus | None,
+    run: Runtime,
+    model: GPT,
+    directory: RunDirectory,
+    num_clients: int,
+    note: str,
+) -> None:
+    """Report the plan of the run to the program that shows its progress."""
+    steps = settings.max_steps or None
+    tokens = steps and num_clients * steps * settings.batch_size * settings.block_size
+    reasons = dict(reason.split(" ", 1) for reason in run.reasons)
+    if corpus and settings.corpus == "auto":
+        reasons["corpus"] = corpus.name
+    progress.emit(
+        "plan",
+        text=corpus.name if corpus else NO_CORPUS,
+        characters=corpus and len(corpus.text),
+        clients=num_clients,
+        partition=settings.partition,
+        parameters=model.num_parameters(),
+        rounds=settings.num_server_rounds,
+        steps=steps,
+        tokens_per_round=tokens,
+        tokens=tokens and tokens * settings.num_server_rounds,
+        device=str(run.device),
+        precision=run.precision,
+        compile="on" if run.compile else "off",
+        first_round=directory.newest_checkpoint + 1 if settings.resume_from else 1,
+        auto=reasons,
+        notes=[note] if note else [],
+        directory=str(directory.path),
+    )
+
+
+def run_directory(settings: Settings, corpus: Corpus | None) -> RunDirectory:
     """Open the directory that `resume-from` names. Create a new one if `resume-from` is empty."""
     if settings.resume_from:
         return RunDirectory.resume(settings, corpus)
-    return RunDirectory.create(settings.output_dir, context.run_id)
+    return RunDirectory.create(settings.output_dir, settings.run_name)
 
 
 def config_for_clients(corpus: Corpus | None, tokenizer: CharTokenizer) -> ConfigRecord:
@@ -130,15 +182,17 @@ def strategy(settings: Settings) -> StreamingFedAvg:
     )
 
 
-def write(model: GPT, tokenizer: CharTokenizer, prompt: str, settings: Settings) -> Iterator[str]:
-    """Write the sample with the model, and yield it one character at a time."""
+def write(
+    model: GPT, tokenizer: CharTokenizer, prompt: str, length: int, settings: Settings
+) -> str:
+    """Return the prompt and the `length` characters that the model writes after it."""
     tokens = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))[None]
-    for token in stream(
+    written = stream(
         model,
         tokens,
-        settings.sample_tokens,
+        length,
         temperature=settings.temperature,
         top_k=settings.top_k,
         seed=settings.seed,
-    ):
-        yield tokenizer.decode([int(token)])
+    )
+    return prompt + "".join(tokenizer.decode([int(token)]) for token in written)

@@ -6,6 +6,7 @@ a table. The README of the app shows this table.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
@@ -92,7 +93,8 @@ class Settings:
     )
     seed: int = _setting(
         1337,
-        "Seed for the first weights, the batches, dropout, the choice of clients and the sample.",
+        "Seed for the first weights, the partition, the batches, dropout, the choice of clients "
+        "and the samples.",
         "a whole number from 0 to 4294967295",
         lambda value: 0 <= value < 2**32,
     )
@@ -103,6 +105,14 @@ class Settings:
         "its own text.",
         '"auto", "tiny-shakespeare", "nine-plays", "plays", "none", or the path of a UTF-8 text '
         "or of a directory of such texts",
+    )
+    partition: str = _text(
+        "contiguous",
+        "Scheme that divides the corpus among the clients. A number after a colon is the `alpha` "
+        'of "dirichlet" and "quantity-skew", and the `window` of "iid". Options can also be named, '
+        'as in "dirichlet:alpha=0.1,by=speaker". A client with a directory of text does not use '
+        "the scheme.",
+        '"contiguous", "iid", "by-play", "by-speaker", "dirichlet:0.5" or "quantity-skew:0.5"',
     )
     device: str = _text(
         "auto",
@@ -195,27 +205,45 @@ class Settings:
         "Number of characters in the sample that the server writes after the last round.",
         least=0,
     )
+    round_sample_tokens: int = _whole_number(
+        200,
+        "Number of characters in the sample that the server writes after each round.",
+        least=0,
+    )
     sample_prompt: str = _text(
         "",
-        "Start of the sample. If it is empty, the sample starts with a line break or, if the "
+        "Start of the samples. If it is empty, a sample starts with a line break or, if the "
         "corpus has none, with the first character of the vocabulary.",
         "a text of characters that the corpus has, or empty",
         may_be_empty=True,
     )
     temperature: float = _setting(
         0.8,
-        "Temperature of the sample. 0 always takes the likeliest character.",
+        "Temperature of the samples. 0 always takes the likeliest character.",
         "a finite number of at least 0",
         lambda value: isfinite(value) and value >= 0.0,
     )
     top_k: int = _whole_number(
-        0, "Number of likeliest characters to draw the sample from. 0 means all.", least=0
+        0, "Number of likeliest characters to draw the samples from. 0 means all.", least=0
     )
     output_dir: str = _text(
         "runs",
         "Directory in which each run creates its own directory. "
         "A relative path is relative to the directory where the SuperLink was started.",
         "a directory that can be written",
+    )
+    run_name: str = _setting(
+        "",
+        "Name of the run and of its directory. If it is empty, the name is the time of the start.",
+        'a name of letters, digits, "-", "_" and ".", or empty',
+        lambda value: re.fullmatch(r"([\w-][\w.-]*)?", value) is not None,
+    )
+    report_to: str = _text(
+        "",
+        "Trackers that get the values of each round, separated by commas. Each one needs the extra "
+        "of the same name.",
+        '"tensorboard", "wandb" or "trackio", or several of them with commas, or empty',
+        may_be_empty=True,
     )
 
     @classmethod

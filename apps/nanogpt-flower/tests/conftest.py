@@ -23,6 +23,7 @@ TINY = {
     "max-steps": 20,
     "num-server-rounds": 2,
     "sample-tokens": 20,
+    "round-sample-tokens": 10,
     "device": "cpu",
     "learning-rate": 0.01,
 }
@@ -96,7 +97,8 @@ def run_app() -> RunApp:
         data_paths: Sequence[Path] = (),
         run_id: int = 1,
     ) -> Path:
-        config = Settings.from_run_config({"min-clients": num_clients, **settings})
+        names = {"min-clients": num_clients, "run-name": str(run_id)}
+        config = Settings.from_run_config({**names, **settings})
         run_config = config.to_run_config()
         grid = LocalGrid(client_app, num_clients, run_config=run_config, run_id=run_id)
         for partition, path in enumerate(data_paths):

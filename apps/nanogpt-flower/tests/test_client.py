@@ -47,6 +47,9 @@ def test_equal_seeds_train_equal_models_and_rounds_differ(
     context: MakeContext, to_clients: ConfigRecord
 ) -> None:
     first, again = trained(context(), to_clients), trained(context(), to_clients)
+    for metrics in (first[1], again[1]):
+        assert metrics.pop("train-seconds") > 0
+        assert metrics["tokens"] == 20 * 8 * 16  # steps x batch-size x block-size
     assert first[1] == again[1]
     for one, other in zip(first[0].parameters(), again[0].parameters(), strict=True):
         assert torch.equal(one, other)

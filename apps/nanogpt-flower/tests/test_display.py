@@ -7,7 +7,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from nanogpt_flower.display import (
+from nanogpt_flower.local.display import (
     Display,
     LiveDisplay,
     PlainDisplay,

@@ -18,23 +18,26 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from nanogpt_flower.local import Federation, LocalRunError
+from nanogpt_flower.artifacts import RunDirectory
+from nanogpt_flower.local.federation import Federation, LocalRunError
+from nanogpt_flower.runs import state_of
+from nanogpt_flower.trained import evaluate_run
 from shakespeare_data import load_corpus, partition
 
 PR_SET_CHILD_SUBREAPER = 36  # of Linux' prctl
 ROUNDS = 4
 
 
-def command(runtime: str, app: Path, settings: dict[str, Any], *options: str) -> list[str]:
-    pairs = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    start = [sys.executable, "-m", "nanogpt_flower.local", runtime, "full", *pairs]
-    return [*start, "--app", str(app), *options]
+def command(*arguments: str, **settings: Any) -> list[str]:
+    """Return a command line of `nanogpt-flower`. The settings have "_" in place of "-"."""
+    pairs = [f"{key.replace('_', '-')}={json.dumps(value)}" for key, value in settings.items()]
+    return [str(Path(sys.executable).with_name("nanogpt-flower")), *arguments, *pairs]
 
 
-def run(runtime: str, app: Path, settings: dict[str, Any], *options: str) -> tuple[int, str]:
-    """Return the exit status and everything that was printed."""
+def run(*arguments: str, **settings: Any) -> tuple[int, str]:
+    """Run `nanogpt-flower`. Return its exit status and everything that it printed."""
     finished = subprocess.run(
-        command(runtime, app, settings, *options),
+        command(*arguments, **settings),
         capture_output=True,
         text=True,
         check=False,
@@ -93,11 +96,11 @@ class Resumed(NamedTuple):
 
 
 def cut_off(
-    app: Path, settings: dict[str, Any], log: Path, end: Callable[[subprocess.Popen[bytes]], None]
+    settings: dict[str, Any], log: Path, end: Callable[[subprocess.Popen[bytes]], None]
 ) -> Path:
     """Start a simulation, call `end` after its first round, and return the run's directory."""
     output = Path(settings["output-dir"])
-    with started(command("simulate", app, settings), log) as process:
+    with started(command("run", "full", **settings), log) as process:
         deadline = time.monotonic() + 120
         while not list(output.glob("*/checkpoints/round-000001/round.json")):
             assert process.poll() is None, log.read_text()
@@ -111,8 +114,8 @@ def cut_off(
     return directory
 
 
-def resume(app: Path, directory: Path, settings: dict[str, Any]) -> Resumed:
-    status, printed = run("simulate", app, settings | {"resume-from": str(directory)})
+def resume(directory: Path) -> Resumed:
+    status, printed = run("resume", str(directory))
     assert status == 0, printed
     assert run_directories(directory.parent) == [directory]
     return Resumed(directory, printed)
@@ -159,16 +162,19 @@ def uninterrupted(
 
 @pytest.fixture(scope="module")
 def resumed(
-    app_directory: Path,
     long_settings: Callable[[], dict[str, Any]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Resumed:
     """A run that Ctrl-C has cut off, after it was resumed. Several tests look at it."""
     settings = long_settings()
     log = tmp_path_factory.mktemp("log") / "log"
-    directory = cut_off(app_directory, settings, log, press_ctrl_c_twice)
-    assert "interrupted; all processes have been stopped" in log.read_text()
-    return resume(app_directory, directory, settings)
+    directory = cut_off(settings, log, press_ctrl_c_twice)
+    assert log.read_text().splitlines()[-1] == (
+        "nanogpt-flower: interrupted; all processes have been stopped. Go on with: "
+        f"nanogpt-flower resume {directory}"
+    )
+    assert state_of(RunDirectory(directory)) == "interrupted"
+    return resume(directory)
 
 
 def assert_equal_runs(directory: Path, other: Path) -> None:
@@ -189,10 +195,27 @@ def test_a_simulation_learns_and_leaves_its_files(resumed: Resumed) -> None:
         for at in range(ROUNDS - 2, ROUNDS + 1)
         for name in ("arrays.safetensors", "round.json", "state.safetensors")
     }
-    results = {"config.json", "metrics.jsonl", "sample.txt", "curve.png", ".checkpoints.lock"}
+    results = {f"{name}.jsonl" for name in ("metrics", "clients", "timings", "samples")}
+    results |= {f"{name}.json" for name in ("config", "launch", "parts", "state")}
+    results |= {"sample.txt", "curve.png", "report.html", "run.log", ".checkpoints.lock"}
     assert files == results | model | checkpoints
-    assert f"output: {directory}" in printed
+    assert f"report: {directory}/report.html" in printed
     assert "tokens/s" in printed
+    assert "\x1b" not in printed
+
+
+def test_the_report_of_a_resumed_run_has_all_rounds_and_the_state(resumed: Resumed) -> None:
+    lines = (resumed.directory / "clients.jsonl").read_text().splitlines()
+    rounds = [json.loads(line)["round"] for line in lines]
+    assert rounds == [at for at in range(1, ROUNDS + 1) for _ in range(2)]
+    samples = (resumed.directory / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in samples] == list(range(ROUNDS + 1))
+    assert "completed" in (resumed.directory / "report.html").read_text()
+
+
+def test_evaluating_the_model_of_a_run_gives_the_loss_of_its_last_round(resumed: Resumed) -> None:
+    last = json.loads((resumed.directory / "metrics.jsonl").read_text().splitlines()[-1])
+    assert evaluate_run(resumed.directory).loss == pytest.approx(last["val_loss"], rel=1e-6)
 
 
 def test_a_run_that_ctrl_c_cut_off_goes_on_as_the_same_run_in_one_process(
@@ -203,7 +226,6 @@ def test_a_run_that_ctrl_c_cut_off_goes_on_as_the_same_run_in_one_process(
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
-    app_directory: Path,
     long_settings: Callable[[], dict[str, Any]],
     uninterrupted: Path,
     tmp_path: Path,
@@ -214,8 +236,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
                 living.kill()
 
     settings = long_settings()
-    directory = cut_off(app_directory, settings, tmp_path / "log", kill)
-    resume(app_directory, directory, settings)
+    directory = cut_off(settings, tmp_path / "log", kill)
+    assert state_of(RunDirectory(directory)) == "interrupted"
+    resume(directory)
     assert_equal_runs(directory, uninterrupted)
 
 
@@ -226,7 +249,7 @@ def test_a_failed_run_fails_with_its_clients_reasons(
     settings = tiny | {"block-size": 500, "output-dir": str(tmp_path / "out")}
     with Federation(tmp_path / "home") as federation:
         federation.start_superlink("--simulation", "--isolation", "subprocess")
-        # Flower gets the settings as they are, without the check of `nanogpt_flower.local`.
+        # Flower gets the settings as they are, without the check of `nanogpt-flower run`.
         with pytest.raises(LocalRunError) as caught:
             federation.run(app_directory, settings, "--federation-config", "num-supernodes=2")
     assert "train round 2: 0 good of 2 replies" in str(caught.value)
@@ -235,22 +258,21 @@ def test_a_failed_run_fails_with_its_clients_reasons(
 
 @pytest.mark.slow
 def test_supernodes_train_on_their_own_directories_as_in_one_process(
-    app_directory: Path,
     tiny: dict[str, Any],
     run_app: Callable[..., Path],
     text_file: Path,
     tmp_path: Path,
 ) -> None:
     settings = tiny | {"num-server-rounds": 1}
-    status, printed = run(
-        "deploy", app_directory, settings | {"output-dir": str(tmp_path / "deployed")}
-    )
+    output = {"output-dir": str(tmp_path / "deployed")}
+    status, printed = run("run", "full", "--deploy", **(settings | output))
     assert status == 0, printed
-    for number in range(2):
-        _, log = printed.split(f"--- log of supernode-{number}\n")
-        first = log.splitlines()[0]
-        assert f"/datasets/shakespeare_part_{number}] trains on 3,600 characters" in first
+    assert "step 20/20" in printed
     (deployed,) = run_directories(tmp_path / "deployed")
+    for number in range(2):
+        _, log = (deployed / "run.log").read_text().split(f"--- log of supernode-{number}\n")
+        first = next(line for line in log.splitlines() if "trains on" in line)
+        assert f"/datasets/shakespeare_part_{number}] trains on 3,600 characters" in first
     parts = partition(load_corpus(str(text_file)), 2).write(tmp_path / "datasets")
     local = run_app(settings | {"output-dir": str(tmp_path / "local")}, data_paths=parts)
     metrics = (deployed / "metrics.jsonl").read_text()

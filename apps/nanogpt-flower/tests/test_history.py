@@ -12,7 +12,7 @@ from nanogpt_flower.history import History
 
 @pytest.fixture
 def directory(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.create(str(tmp_path / "runs"), 42)
+    return RunDirectory.create(str(tmp_path / "runs"), "42")
 
 
 def record(

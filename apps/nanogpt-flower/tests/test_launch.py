@@ -1,42 +1,44 @@
-"""Checks that `nanogpt_flower.local` makes before it starts any program of Flower."""
+"""Checks that `nanogpt-flower run` makes before it starts any program of Flower."""
 
-import argparse
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from nanogpt_flower import local
+from nanogpt_flower.cli import main
+from nanogpt_flower.interrupts import ENDING_SIGNALS
+from nanogpt_flower.local import launch
+from nanogpt_flower.local.launch import Launch
 from nanogpt_flower.settings import Settings
 
 MORE_THAN_HERE = 1_000_000
-RUNTIMES = ["simulate", "deploy"]
+RUNTIMES = [[], ["--deploy"]]
 
 
 @pytest.fixture(autouse=True)
-def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[dict[str, Any]]]:
     """The run configs of the runs that `main` started. The runs themselves are replaced."""
     run_configs: list[dict[str, Any]] = []
 
-    def record(app: Path, run_config: dict[str, Any], options: argparse.Namespace) -> None:
-        run_configs.append(run_config)
+    def record(launch: Launch, console: Console, *, verbose: bool) -> Path:
+        run_configs.append(launch.run_config)
+        return tmp_path
 
-    for name in RUNTIMES:
-        monkeypatch.setattr(local, name, record)
-    handlers = {number: signal.getsignal(number) for number in local.ENDING_SIGNALS}
+    monkeypatch.setattr(launch, "run", record)
+    handlers = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
     yield run_configs
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 @pytest.fixture
-def arguments(app_directory: Path, text_file: Path, tmp_path: Path) -> list[str]:
-    """Options and overrides that fit on this machine."""
+def arguments(text_file: Path, tmp_path: Path) -> list[str]:
+    """Overrides that fit on this machine."""
     overrides = {"corpus": text_file, "block-size": 16, "output-dir": tmp_path / "runs"}
-    pairs = [f"{key}={value}" for key, value in overrides.items()]
-    return ["--app", str(app_directory), "full", *pairs]
+    return ["full", *(f"{key}={value}" for key, value in overrides.items())]
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -53,32 +55,33 @@ def arguments(app_directory: Path, text_file: Path, tmp_path: Path) -> list[str]
         ("n-layer", "the override is 'n-layer'; it must be key=value"),
         ("=3", "the override is '=3'; it must be key=value"),
         ("resume-from=/nowhere", "resume-from is '/nowhere'; it must be the directory of a run"),
-        ("resume-from=3", "resume-from is 3; it must be the directory of a run"),
         ("client-state=~nobody-has-this-name", "client-state is '~nobody-has-this-name'"),
     ],
 )
 def test_a_bad_setting_is_explained_in_one_line_before_anything_starts(
-    runtime: str,
+    runtime: list[str],
     override: str,
     problem: str,
     arguments: list[str],
     started: list[dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert local.main([runtime, *arguments, override]) == 1
+    assert main(["run", *arguments, override, *runtime]) == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"{runtime}: error: ")
+    assert message.startswith("nanogpt-flower: error: ")
     assert problem in message
     assert message.count("\n") == 1
     assert started == []
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones(
-    app_directory: Path, started: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    started: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert local.main(["simulate", "--app", str(app_directory), "fast"]) == 1
+    assert main(["run", "fast"]) == 2
     message = capsys.readouterr().err
-    assert message == "simulate: error: the preset is 'fast'; it must be one of full, quick\n"
+    assert message == (
+        "nanogpt-flower: error: the preset is 'fast'; it must be one of quick, full\n"
+    )
     assert started == []
 
 
@@ -86,34 +89,32 @@ def test_an_output_directory_that_is_a_file_is_refused_and_kept(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "runs").write_text("mine")
-    assert local.main(["simulate", *arguments]) == 1
+    assert main(["run", *arguments]) == 2
     assert "must be a directory that can be written" in capsys.readouterr().err
     assert (tmp_path / "runs").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
-    ("runtime", "options", "problem"),
+    ("options", "problem"),
     [
-        ("simulate", ["--num-clients", "0"], "--num-clients is 0; it must be at least 1"),
-        ("simulate", ["--cpus", str(MORE_THAN_HERE)], f"--cpus is {MORE_THAN_HERE}"),
-        ("simulate", ["--cpus", "0"], "--cpus is 0; it must be from 1 to"),
-        ("simulate", ["--gpus", "1000"], "--gpus is 1000; it must be from 0 to"),
-        ("simulate", ["--gpus", "-1"], "--gpus is -1; it must be from 0 to"),
-        ("simulate", ["--gpus", "nan"], "--gpus is nan; it must be from 0 to"),
-        ("deploy", ["--gpus", "0.5"], "--gpus is for simulate"),
-        ("deploy", ["--cpus", "1"], "--cpus is for simulate"),
+        (["--clients", "0"], "--clients is 0; it must be at least 1"),
+        (["--cpus", str(MORE_THAN_HERE)], f"--cpus is {MORE_THAN_HERE}"),
+        (["--cpus", "0"], "--cpus is 0; it must be from 1 to"),
+        (["--gpus", "1000"], "--gpus is 1000; it must be from 0 to"),
+        (["--gpus", "-1"], "--gpus is -1; it must be from 0 to"),
+        (["--gpus", "nan"], "--gpus is nan; it must be from 0 to"),
+        (["--deploy", "--gpus", "0.5"], "--gpus is for simulated clients"),
+        (["--deploy", "--cpus", "1"], "--cpus is for simulated clients"),
     ],
 )
 def test_resources_that_this_machine_does_not_have_are_refused(
-    runtime: str,
     options: list[str],
     problem: str,
     arguments: list[str],
     started: list[dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        local.main([runtime, *arguments, *options])
+    assert main(["run", *arguments, *options]) == 2
     assert problem in capsys.readouterr().err
     assert started == []
 
@@ -121,8 +122,8 @@ def test_resources_that_this_machine_does_not_have_are_refused(
 def test_the_first_round_waits_for_all_clients(
     arguments: list[str], started: list[dict[str, Any]]
 ) -> None:
-    assert local.main(["simulate", *arguments, "--num-clients", "3"]) == 0
-    assert local.main(["simulate", *arguments, "--num-clients", "3", "min-clients=2"]) == 0
+    assert main(["run", *arguments, "--clients", "3"]) == 0
+    assert main(["run", *arguments, "--clients", "3", "min-clients=2"]) == 0
     assert [run_config["min-clients"] for run_config in started] == [3, 2]
 
 
@@ -131,7 +132,7 @@ def test_overrides_change_the_preset_and_shells_may_remove_their_quotes(
 ) -> None:
     quick = ["quick" if argument == "full" else argument for argument in arguments]
     overrides = ["dropout=0.1", "optimizer=adamw", 'uplink="2-bit"', "sample-prompt=my lord"]
-    assert local.main(["simulate", *quick, *overrides]) == 0
+    assert main(["run", *quick, *overrides]) == 0
     settings = Settings.from_run_config(started[0])
     assert (settings.n_layer, settings.max_steps) == (4, 200)  # of the preset
     assert (settings.dropout, settings.optimizer) == (0.1, "adamw")
@@ -139,10 +140,10 @@ def test_overrides_change_the_preset_and_shells_may_remove_their_quotes(
 
 
 def test_the_quick_preset_is_used_if_none_is_named(
-    app_directory: Path, arguments: list[str], started: list[dict[str, Any]]
+    arguments: list[str], started: list[dict[str, Any]]
 ) -> None:
     arguments.remove("full")
-    assert local.main(["simulate", *arguments]) == 0
+    assert main(["run", *arguments]) == 0
     assert Settings.from_run_config(started[0]).n_layer == 4
 
 
@@ -157,7 +158,7 @@ def test_paths_become_absolute(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_bytes(text_file.read_bytes())
     relative = ["corpus=mine.txt", "output-dir=out", "client-state=clients"]
-    assert local.main(["simulate", *arguments, *relative]) == 0
+    assert main(["run", *arguments, *relative]) == 0
     expected = {"corpus": "mine.txt", "output-dir": "out", "client-state": "clients"}
     for key, name in expected.items():
         assert started[0][key] == str(tmp_path / name)
@@ -171,5 +172,5 @@ def test_the_name_of_a_corpus_is_not_taken_for_a_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "none").mkdir()
-    assert local.main(["simulate", *arguments, "corpus=none"]) == 0
+    assert main(["run", *arguments, "corpus=none"]) == 0
     assert started[0]["corpus"] == "none"

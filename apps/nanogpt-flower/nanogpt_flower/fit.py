@@ -1,0 +1,63 @@
+"""Fit the block size and the number of steps to a text that is too small for the preset."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nanogpt_flower.composition import parts
+from nanogpt_flower.settings import Settings
+from shakespeare_data import CharTokenizer, Corpus, DataError
+
+SMALLEST_BLOCK = 8  # a model that sees fewer characters learns almost nothing
+PASSES = 10  # a small text is seen at most about so many times in a round
+
+
+def fit(
+    run_config: Mapping[str, Any], corpus: Corpus, num_clients: int, chosen: frozenset[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that must change so that the text is large enough, and notes about them.
+
+    Args:
+        run_config: the settings of the run.
+        corpus: the text that is divided among the clients.
+        num_clients: the number of clients.
+        chosen: the keys that the user has set. They are not changed.
+
+    Raises:
+        DataError: the text is too small even for the smallest block size, or the user has chosen a
+            block size for which the text is too small.
+    """
+    settings = Settings.from_run_config(run_config)
+    tokenizer = CharTokenizer.from_text(corpus.text)
+
+    def fits(block_size: int) -> bool:
+        changed = Settings.from_run_config({**run_config, "block-size": block_size})
+        try:
+            parts(changed, corpus, tokenizer, num_clients)
+        except DataError:
+            return False
+        return True
+
+    if fits(settings.block_size):
+        return {}, []
+    if "block-size" in chosen or not fits(SMALLEST_BLOCK):
+        smallest = settings.block_size if "block-size" in chosen else SMALLEST_BLOCK
+        changed = Settings.from_run_config({**run_config, "block-size": smallest})
+        parts(changed, corpus, tokenizer, num_clients)  # raises the error that says why
+    fitting, too_large = SMALLEST_BLOCK, settings.block_size
+    while too_large - fitting > 1:
+        middle = (fitting + too_large) // 2
+        fitting, too_large = (middle, too_large) if fits(middle) else (fitting, middle)
+    changes: dict[str, Any] = {"block-size": fitting}
+    notes = [
+        f"{corpus.name} has {len(corpus.text):,} characters, too few for {num_clients} clients "
+        f"with block-size {settings.block_size}: block-size is {fitting} in this run"
+    ]
+    changed = Settings.from_run_config({**run_config, **changes})
+    smallest_part = min(len(part.train) for part in parts(changed, corpus, tokenizer, num_clients))
+    steps = max(1, PASSES * smallest_part // (settings.batch_size * fitting))
+    if "max-steps" not in chosen and not 0 < settings.max_steps <= steps:
+        changes["max-steps"] = steps
+        notes.append(
+            f"max-steps is {steps} in this run, about {PASSES} passes over a client's text a round"
+        )
+    return changes, notes

@@ -1,0 +1,1 @@
+"""Run the app in a Flower federation on this machine, and show its progress."""

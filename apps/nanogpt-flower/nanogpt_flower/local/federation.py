@@ -1,0 +1,268 @@
+"""Start a Flower federation on this machine, run an app once, and stop the federation.
+
+`flwr run` exits with status 0 even if the run has failed. It also leaves a SuperLink running, and
+later runs use that SuperLink with its old environment. This module gives each run its own
+`FLWR_HOME`, ports and processes. At the end of the run, or after Ctrl-C, it stops every process
+that it has started.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import tomli_w
+
+from nanogpt_flower.interrupts import deferred
+
+CONNECTION = "local"  # the SuperLink's name in Flower's config.toml
+FEDERATION_ID = "NANOGPT_FLOWER_FEDERATION"  # environment variable that marks each process
+START_SECONDS = 60.0  # a SuperLink that takes longer to answer has failed
+STOP_SECONDS = 10.0  # a process that takes longer to end is killed
+POLL_SECONDS = 0.2  # time between two looks at the processes of a run
+
+
+class LocalRunError(RuntimeError):
+    """The error for a federation that did not start or a run that failed. The message says why."""
+
+
+def program(name: str) -> str:
+    """Return the path of a program in the Python environment of this process."""
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that no program uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Federation:
+    """A new SuperLink and its SuperNodes, which are processes on this machine.
+
+    Use it as a context manager. At the end of the context, all processes of the federation are
+    stopped.
+
+    Args:
+        home: a directory for Flower's files and for the logs of the processes.
+        environment: environment variables for all processes.
+    """
+
+    def __init__(self, home: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.home = home
+        self.port = free_port()
+        self._id = uuid.uuid4().hex
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
+        self._environment = os.environ | {
+            # Flower starts its own programs by name, so their directory must be in PATH.
+            "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
+            "FLWR_HOME": str(home),
+            # The environment of this process has all dependencies of the app.
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "RAY_DEDUP_LOGS": "0",  # else Ray merges similar progress lines of two clients
+            FEDERATION_ID: self._id,
+            **(environment or {}),
+        }
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+            f'address = "127.0.0.1:{self.port}"\ninsecure = true\n',
+            encoding="utf-8",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with deferred():
+            self.stop()
+
+    def start(
+        self, name: str, command: Sequence[str], **environment: str
+    ) -> subprocess.Popen[bytes]:
+        """Start one of Flower's programs in the background. Its log is `<home>/<name>.log`."""
+        with deferred(), (self.home / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [program(command[0]), *command[1:]],
+                env=environment | self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # In its own session the program does not receive Ctrl-C. `stop` ends it instead.
+                start_new_session=True,
+            )
+            self._started[name] = process
+        return process
+
+    def start_superlink(self, *options: str) -> None:
+        """Start the SuperLink and wait until it accepts connections.
+
+        Raises:
+            LocalRunError: if the SuperLink ends, or if it accepts no connections within a minute.
+                The message quotes the log of the SuperLink.
+        """
+        command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port"]
+        process = self.start("superlink", [*command, str(self.port), *options])
+        deadline = time.monotonic() + START_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.1)
+        raise LocalRunError(f"the SuperLink did not start: {self.log_tail('superlink')}")
+
+    def start_supernode(self, name: str, node_config: str, *, threads: int = 1) -> None:
+        """Start a SuperNode in which PyTorch uses `threads` threads.
+
+        By default PyTorch uses one thread for each core. If several SuperNodes share the same
+        cores, their threads wait for each other, and a training step becomes many times slower. If
+        the user has set `OMP_NUM_THREADS`, its value is used instead of `threads`.
+        """
+        addresses = ["--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port())]
+        command = ["flower-supernode", "--insecure", *addresses, "--node-config", node_config]
+        self.start(name, command, OMP_NUM_THREADS=str(threads))
+
+    def run(
+        self,
+        app: Path,
+        run_config: Mapping[str, Any],
+        *options: str,
+        log: Path | None = None,
+        while_running: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run the app with `flwr run --stream` and wait until the run has ended.
+
+        Args:
+            app: the directory of the app.
+            run_config: the settings that differ from the app's.
+            options: further options of `flwr run`.
+            log: the file to which the output of the run is appended, by default `<home>/run.log`.
+            while_running: a function that is called about five times a second.
+
+        Raises:
+            LocalRunError: if the run did not start or did not complete, or if the SuperLink or a
+                SuperNode ended during the run. In the last case, the message quotes the log of the
+                program that ended.
+        """
+        config = self.home / "run-config.toml"
+        config.write_text(tomli_w.dumps(run_config), encoding="utf-8")
+        command = [program("flwr"), "run", str(app), CONNECTION, "--stream", *options]
+        command += ["--run-config", str(config)] if run_config else []
+        log = log or self.home / "run.log"
+        with deferred(), log.open("ab") as output:
+            flwr_run = subprocess.Popen(
+                command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._started["flwr run"] = flwr_run
+        while flwr_run.poll() is None:
+            time.sleep(POLL_SECONDS)
+            while_running()
+            for name, process in self._started.items():
+                if process is not flwr_run and process.poll() is not None:
+                    raise LocalRunError(f"{name} ended during the run: {self.log_tail(name)}")
+        while_running()
+        if flwr_run.returncode:
+            raise LocalRunError(f"`flwr run` did not start the run: {_tail(log)}")
+        status, details = self._run_status()
+        if status != "finished:completed":
+            raise LocalRunError(details or f"the status of the run is {status}")
+
+    def _run_status(self) -> tuple[str, str]:
+        """Ask Flower for the status of the newest run, and for the details of this status."""
+        with deferred():
+            listed = subprocess.run(
+                [program("flwr"), "list", CONNECTION, "--format", "json"],
+                env=self._environment,
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+        newest = json.loads(listed.stdout)["runs"][0]
+        return newest["status"], newest.get("status-details", "")
+
+    def log_tail(self, name: str) -> str:
+        """Return the last lines of a program's log."""
+        return _tail(self.home / f"{name}.log")
+
+    def processes(self) -> set[psutil.Process]:
+        """Find all running processes that this federation or one of its processes has started."""
+        marked = {process for process in psutil.process_iter() if self._is_marked(process)}
+        # Ray's agents overwrite their environment when they rename themselves. The parents of
+        # these agents still have the mark, so the agents are found as children.
+        return marked.union(*(_descendants(process) for process in marked))
+
+    def _is_marked(self, process: psutil.Process) -> bool:
+        try:
+            return bool(process.environ().get(FEDERATION_ID) == self._id)
+        except (psutil.Error, OSError):
+            return False  # the process belongs to another user or has ended
+
+    def stop(self) -> None:
+        """Terminate every process, and wait until all processes have ended.
+
+        Processes that still run after ten seconds are killed.
+        """
+        terminated: set[psutil.Process] = set()
+        deadline = time.monotonic() + STOP_SECONDS
+        # A process may start a new process while it ends, so look for new processes each time.
+        while living := {process for process in self.processes() | terminated if _lives(process)}:
+            late = time.monotonic() > deadline
+            for process in living if late else living - terminated:
+                _end(process, kill=late)
+            terminated |= living
+            psutil.wait_procs(living, timeout=0.2)
+        for started in self._started.values():
+            started.wait()
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _end(process: psutil.Process, *, kill: bool) -> None:
+    try:
+        process.kill() if kill else process.terminate()
+    except psutil.NoSuchProcess:
+        return
+
+
+@contextmanager
+def temporary_federation(environment: Mapping[str, str]) -> Iterator[Federation]:
+    """Create a federation in a temporary directory. Stop it and delete the directory at the end."""
+    home = Path(tempfile.mkdtemp(prefix="nanogpt-flower-"))
+    try:
+        with Federation(home, environment) as federation:
+            yield federation
+    finally:
+        with deferred():
+            shutil.rmtree(home, ignore_errors=True)

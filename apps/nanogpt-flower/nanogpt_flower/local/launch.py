@@ -1,0 +1,399 @@
+"""Prepare a run, start it in a federation on this machine, and show its progress."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+
+from nanogpt_flower import progress
+from nanogpt_flower.artifacts import CONFIG_FILE, RunDirectory, new_run_name, writable_directory
+from nanogpt_flower.composition import NO_CORPUS, compression, parts, runtime, sample_prompt
+from nanogpt_flower.fit import fit
+from nanogpt_flower.interrupts import deferred
+from nanogpt_flower.local.app_directory import write_app
+from nanogpt_flower.local.display import Display, make_display
+from nanogpt_flower.local.federation import Federation, LocalRunError, temporary_federation
+from nanogpt_flower.preset import DEFAULT, preset_named
+from nanogpt_flower.report import write_report
+from nanogpt_flower.runs import LATEST, LAUNCH_FILE, find_run, write_state
+from nanogpt_flower.settings import Settings, SettingsError
+from nanogpt_flower.trackers import check_trackers
+from shakespeare_data import (
+    CORPORA,
+    CharTokenizer,
+    Corpus,
+    Partition,
+    load_corpus,
+)
+
+LOG_FILE, PARTS_FILE = "run.log", "parts.json"
+SIMULATION, DEPLOYMENT = "simulation", "deployment"
+
+
+class Interrupted(Exception):
+    """The user has interrupted a run, and all its processes have been stopped."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.directory = directory
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Everything that `nanogpt-flower run` decides before it starts a run."""
+
+    preset: str
+    run_config: dict[str, Any]
+    clients: int = 2
+    runtime: str = SIMULATION
+    cpus: int | None = None  # cores of each simulated client
+    gpus: float | None = None  # share of a GPU of each simulated client
+    notes: list[str] = field(default_factory=list)  # changes that the user did not ask for
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the run."""
+        return Settings.from_run_config(self.run_config)
+
+    @classmethod
+    def read(cls, directory: RunDirectory) -> Self:
+        """Read how a run was started. A run of `flwr run` was started with its settings alone.
+
+        Raises:
+            SettingsError: the directory holds no run, or a file in it is damaged.
+        """
+        saved = directory.read_json(LAUNCH_FILE)
+        if not saved:
+            config = directory.read_json(CONFIG_FILE)
+            if "settings" not in config:
+                raise SettingsError(f"{directory.path} holds no run: it has no {CONFIG_FILE}")
+            return cls("", config["settings"], config["settings"]["min-clients"])
+        saved.pop("started", None)
+        try:
+            return cls(**saved)
+        except TypeError as error:
+            raise SettingsError(f"{directory.path / LAUNCH_FILE} is damaged: {error}") from error
+
+    def write(self, directory: RunDirectory) -> None:
+        """Write how the run was started, and when."""
+        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        directory.write_json(LAUNCH_FILE, {**asdict(self), "started": started})
+
+
+def prepare(
+    arguments: Sequence[str],
+    *,
+    clients: int = 2,
+    deploy: bool = False,
+    cpus: int | None = None,
+    gpus: float | None = None,
+) -> Launch:
+    """Read the arguments `[preset] [key=value ...]`, and decide how the run is started.
+
+    Raises:
+        ValueError: an argument, a setting or a resource is not allowed, or the text is too small.
+            The message names it and says what is allowed.
+    """
+    check_resources(clients, deploy, cpus, gpus)
+    preset, overrides = read_arguments(arguments)
+    run_config = preset_named(preset).run_config | overrides
+    run_config.setdefault("min-clients", clients)
+    make_paths_absolute(run_config)
+    runtime_name = DEPLOYMENT if deploy else SIMULATION
+    launch = Launch(preset, run_config, clients, runtime_name, cpus, gpus)
+    corpus = check(launch)
+    if corpus is not None:
+        changes, notes = fit(run_config, corpus, clients, frozenset(overrides))
+        launch = replace(launch, run_config=run_config | changes, notes=notes)
+        check_text(launch, corpus)
+    return launch
+
+
+def prepare_resume(name: str, output_dir: Path, arguments: Sequence[str]) -> Launch:
+    """Prepare to go on with a run. The arguments `key=value` change its settings.
+
+    Raises:
+        ValueError: as in `prepare`, or there is no such run.
+    """
+    directory = RunDirectory(find_run(name, output_dir))
+    launch = Launch.read(directory)
+    run_config = launch.run_config | read_overrides(arguments)
+    make_paths_absolute(run_config)
+    if directory.newest_checkpoint or list(directory.checkpoints.glob("round-*")):
+        run_config["resume-from"] = str(directory.path)
+    launch = replace(launch, run_config=run_config, notes=[])
+    corpus = check(launch)
+    if corpus is not None:
+        check_text(launch, corpus)
+    return launch
+
+
+def read_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Return the preset and the overrides in the arguments `[preset] [key=value ...]`."""
+    if arguments and "=" not in arguments[0]:
+        return arguments[0], read_overrides(arguments[1:])
+    return DEFAULT, read_overrides(arguments)
+
+
+def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the settings in the arguments `key=value`.
+
+    A value is written as in TOML. A text needs no quotes, because the shell would remove them.
+
+    Raises:
+        SettingsError: an argument is not of this form.
+    """
+    types = {key: type(value) for key, value in Settings().to_run_config().items()}
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not key or not equals:
+            raise SettingsError(f"the override is {argument!r}; it must be key=value")
+        overrides[key] = _unquoted(value) if types.get(key) is str else _value(value)
+    return overrides
+
+
+def _unquoted(text: str) -> str:
+    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
+    return text[1:-1] if quoted else text
+
+
+def _value(text: str) -> Any:
+    for convert in (int, float):
+        with suppress(ValueError):
+            return convert(text)
+    return {"true": True, "false": False}.get(text, _unquoted(text))
+
+
+def make_paths_absolute(run_config: dict[str, Any]) -> None:
+    """Make the paths in a run config absolute.
+
+    The paths then do not depend on the directory in which the SuperLink or a client runs. If
+    `output-dir` is missing, its default is added first. "latest" as `resume-from` is replaced by
+    the latest run.
+
+    Raises:
+        SettingsError: if a path begins with the home directory of an unknown user.
+    """
+    run_config.setdefault("output-dir", Settings().output_dir)
+    for key in ("output-dir", "resume-from", "client-state", "corpus"):
+        value = run_config.get(key)
+        if not isinstance(value, str) or not value:
+            continue
+        if key == "corpus" and value in (*CORPORA, NO_CORPUS):
+            continue
+        if key == "resume-from" and value == LATEST:
+            value = str(find_run(LATEST, Path(str(run_config["output-dir"]))))
+        try:
+            path = Path(value).expanduser().resolve()
+        except (RuntimeError, ValueError) as error:
+            raise SettingsError(f"{key} is {value!r}: {error}") from error
+        if key != "corpus" or _exists(path):  # else `load_corpus` explains the unknown name
+            run_config[key] = str(path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # the name is too long
+        return False
+
+
+def check(launch: Launch) -> Corpus | None:
+    """Check the settings as the ServerApp does, but before any program starts.
+
+    Returns:
+        The text that is divided among the clients, or None if each client has its own text.
+
+    Raises:
+        ValueError: if a setting cannot work. The message names the setting and what is allowed.
+    """
+    settings = launch.settings
+    runtime(settings)
+    compression(settings)
+    check_trackers(settings.report_to)
+    corpus = None if settings.corpus == NO_CORPUS else load_corpus(settings.corpus)
+    if settings.resume_from:
+        RunDirectory.resume(settings, corpus)
+    else:
+        writable_directory(settings.output_dir)
+    if corpus is None and launch.runtime == DEPLOYMENT:
+        return load_corpus("auto")
+    return corpus
+
+
+def check_text(launch: Launch, corpus: Corpus) -> Partition:
+    """Check that the text suits the settings, and divide it among the clients.
+
+    Raises:
+        ValueError: the text is too small, or the prompt has characters that the text does not have.
+    """
+    tokenizer = CharTokenizer.from_text(corpus.text)
+    sample_prompt(launch.settings, tokenizer)
+    return parts(launch.settings, corpus, tokenizer, launch.clients)
+
+
+def check_resources(clients: int, deploy: bool, cpus: int | None, gpus: float | None) -> None:
+    """Check the number of clients, and the number of cores and GPUs for each client.
+
+    Raises:
+        SettingsError: if an option is not allowed or asks for more than this machine has. The
+            message names the option.
+    """
+    if clients < 1:
+        raise SettingsError(f"--clients is {clients}; it must be at least 1")
+    if deploy:
+        for name, value in {"--cpus": cpus, "--gpus": gpus}.items():
+            if value is not None:
+                raise SettingsError(
+                    f"{name} is for simulated clients; with --deploy, SuperNodes share the cores"
+                )
+    num_cores, num_gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    if cpus is not None and not 1 <= cpus <= num_cores:
+        raise SettingsError(
+            f"--cpus is {cpus}; it must be from 1 to {num_cores}, this machine's number of cores"
+        )
+    if gpus is not None and not 0 <= gpus <= num_gpus:
+        raise SettingsError(
+            f"--gpus is {gpus:g}; it must be from 0 to {num_gpus}, the number of GPUs that PyTorch "
+            "finds"
+        )
+
+
+def open_directory(launch: Launch) -> tuple[Launch, RunDirectory]:
+    """Open the directory of a resumed run, or create the directory of a new run.
+
+    Returns:
+        The launch with the name of the run, and with a directory for the clients' state if the user
+        has not chosen one. So every run can be resumed exactly.
+    """
+    run_config = dict(launch.run_config)
+    if launch.settings.resume_from:
+        return launch, RunDirectory(Path(launch.settings.resume_from))
+    output_dir = writable_directory(launch.settings.output_dir)
+    name = launch.settings.run_name or new_run_name(output_dir, launch.preset)
+    directory = RunDirectory.create(str(output_dir), name)
+    run_config["run-name"] = name
+    run_config.setdefault("client-state", str(directory.path / "clients"))
+    return replace(launch, run_config=run_config), directory
+
+
+def run(launch: Launch, console: Console, *, verbose: bool = False) -> Path:
+    """Run the launch to its end, and return the directory of the run.
+
+    Raises:
+        LocalRunError: the run has failed. The message says why.
+        Interrupted: the user has interrupted the run.
+    """
+    with deferred():
+        launch, directory = open_directory(launch)
+        launch.write(directory)
+        write_state(directory, "running")
+    state, message = "interrupted", ""
+    try:
+        with make_display(console, verbose=verbose) as display:
+            for note in launch.notes:
+                display.event({"event": "note", "text": note})
+            _run(launch, directory, display)
+        state = "completed"
+    except (LocalRunError, OSError) as error:
+        state, message = "failed", str(error)
+        raise
+    except KeyboardInterrupt as error:
+        raise Interrupted(directory.path) from error
+    finally:
+        with deferred():
+            write_state(directory, state, message)
+            if (directory.path / "metrics.jsonl").exists():
+                write_report(directory.path)
+    return directory.path
+
+
+def _run(launch: Launch, directory: RunDirectory, display: Display) -> None:
+    display.stage("dividing the text")
+    text = check(launch)
+    divided = check_text(launch, text) if text is not None else None
+    if divided is not None:
+        write_parts(launch, directory, divided)
+    log = directory.path / LOG_FILE
+    events_file = directory.path / ".progress.jsonl"
+    events_file.unlink(missing_ok=True)
+    events, lines = progress.Lines(events_file), progress.Lines(log)
+    lines.new()
+
+    def show() -> None:
+        for line in events.new():
+            display.event(json.loads(line))
+        for line in lines.new():
+            display.log(line)
+        display.tick()
+
+    environment = {progress.VARIABLE: str(events_file)}
+    with temporary_federation(environment) as federation:
+        try:
+            app = write_app(federation.home / "app")
+            options = _start(launch, federation, divided, display)
+            display.stage("starting the run")
+            run_config = launch.run_config
+            federation.run(app, run_config, *options, log=log, while_running=show)
+        finally:
+            with deferred():
+                show()
+                _append_logs(federation, log)
+                events_file.unlink(missing_ok=True)
+
+
+def _start(
+    launch: Launch, federation: Federation, divided: Partition | None, display: Display
+) -> list[str]:
+    """Start the SuperLink and the SuperNodes, and return the options for `flwr run`."""
+    if launch.runtime == SIMULATION:
+        display.stage("starting the SuperLink")
+        federation.start_superlink("--simulation", "--isolation", "subprocess")
+        resources: Mapping[str, Any] = {
+            "num-supernodes": launch.clients,
+            "client-resources-num-cpus": launch.cpus or 1,
+            "client-resources-num-gpus": launch.gpus or 0.0,
+        }
+        pairs = " ".join(f"{key}={value}" for key, value in resources.items())
+        return ["--federation-config", pairs]
+    assert divided is not None
+    directories = divided.write(federation.home / "datasets")
+    display.stage("starting the SuperLink")
+    federation.start_superlink()
+    display.stage(f"starting {launch.clients} SuperNodes")
+    threads = max(1, (os.cpu_count() or 1) // launch.clients)
+    state = launch.settings.client_state
+    for number, path in enumerate(directories):
+        node_config = f"data-path='{path}'" + (f" state-path='{state}'" if state else "")
+        federation.start_supernode(f"supernode-{number}", node_config, threads=threads)
+    return []
+
+
+def write_parts(launch: Launch, directory: RunDirectory, divided: Partition) -> None:
+    """Write which client holds how much of what, for the report."""
+    simulated = launch.runtime == SIMULATION
+    labels = [
+        f"partition {number:04d} of {len(divided)}" if simulated else f"text {part.fingerprint}"
+        for number, part in enumerate(divided)
+    ]
+    clients = [
+        {"label": label, **asdict(report)}
+        for label, report in zip(labels, divided.report(), strict=True)
+    ]
+    document = {"scheme": divided.scheme, "options": dict(divided.options), "clients": clients}
+    directory.write_json(PARTS_FILE, {**document, "left_out": divided.left_out})
+
+
+def _append_logs(federation: Federation, log: Path) -> None:
+    """Append the logs of the SuperLink and the SuperNodes to the log of the run."""
+    with log.open("ab") as output:
+        for path in sorted(federation.home.glob("super*.log")):
+            output.write(f"--- log of {path.stem}\n".encode() + path.read_bytes())
