@@ -242,12 +242,13 @@ class RunDirectory:
         axes.legend()
         image = io.BytesIO()
         figure.savefig(image, format="png")
-        self._write("curve.png", image.getvalue())
+        self.write("curve.png", image.getvalue())
 
     def _write_text(self, name: str, text: str) -> None:
-        self._write(name, text.encode())
+        self.write(name, text.encode())
 
-    def _write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file."""
         temporary = self.path / f".{name}"
         with temporary.open("wb") as file:
             file.write(content)

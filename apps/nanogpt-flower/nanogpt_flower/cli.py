@@ -1,5 +1,6 @@
 """The command `nanogpt-flower`."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -319,6 +320,44 @@ def report(name: RunName, output_dir: OutputDir = RUNS) -> None:
     print(_short(write_report(directory, refresh=running)))
 
 
+@app.command()
+def compare(
+    arguments: PresetAndOverrides = None,
+    clients: Clients = 2,
+    partition: Annotated[
+        str | None, typer.Option("--partition", help="how to divide the text among the clients")
+    ] = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    verbose: Verbose = False,
+) -> None:
+    """Compare training alone, training together, and training on all text in one place.
+
+    \b
+    nanogpt-flower compare quick --clients 4 --partition by-play
+    """
+    import json
+
+    from rich.console import Console
+
+    from nanogpt_flower.compare import RESULT_FILE, table
+    from nanogpt_flower.compare import compare as compare_arms
+    from nanogpt_flower.local.federation import LocalRunError
+    from nanogpt_flower.local.launch import Interrupted, prepare
+
+    given = list(arguments or []) + ([f"partition={partition}"] if partition else [])
+    launch = prepare(given, clients=clients, cpus=cpus, gpus=gpus)
+    try:
+        directory = compare_arms(launch, Console(highlight=False), verbose=verbose)
+    except LocalRunError as error:
+        raise click.ClickException(str(error)) from error
+    except Interrupted as error:
+        raise KeyboardInterrupt from error
+    print(f"\n{table(json.loads((directory / RESULT_FILE).read_text(encoding='utf-8')))}\n")
+    print(f"page: {_short(directory / 'comparison.html')}")
+    print(f"picture: {_short(directory / 'comparison.png')}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
@@ -326,6 +365,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     returns 1. After Ctrl-C it returns 130.
     """
     handle_signals()
+    # The note about a missing Tiny Shakespeare is shown among the notes of the run.
+    logging.getLogger("shakespeare_data").addHandler(logging.NullHandler())
     try:
         status = app(args=argv, prog_name="nanogpt-flower", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

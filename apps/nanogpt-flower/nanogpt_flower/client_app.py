@@ -35,17 +35,26 @@ def build_model(config: ConfigRecord, context: Context) -> GPT:
 
 
 def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float]:
-    """Train for one round and return the metrics.
+    """Train for one round and return the metrics."""
+    settings = Settings.from_run_config(context.run_config)
+    part, server_round = client_part(settings, config, context), int(str(config["server-round"]))
+    logger.info("[%s] trains on %s characters", text_name(context), f"{len(part.train):,}")
+    return train_part(model, part, context, client=label(context), server_round=server_round)
 
-    The optimizer continues from its state at the end of this client's previous round.
+
+def train_part(
+    model: GPT, part: Part, context: Context, *, client: str, server_round: int
+) -> dict[str, float]:
+    """Train on a text for one round and return the metrics.
+
+    The seed depends on the client's label and on the round. The optimizer continues from its state
+    in `context` at the end of the previous round.
     """
     settings = Settings.from_run_config(context.run_config)
-    part, name = client_part(settings, config, context), text_name(context)
-    client, server_round = label(context), int(str(config["server-round"]))
     seed = client_seed(settings, client, server_round)
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))  # dropout
     run = runtime(settings)
-    logger.info("[%s] trains on %s characters: %s", name, f"{len(part.train):,}", run)
+    logger.info("[%s] computes with %s", client, run)
 
     prepared = run.prepare(model)
     optimizer = build_optimizer(model, settings.optimizer, learning_rate=settings.learning_rate)
@@ -58,7 +67,7 @@ def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float
         )
 
     def report(now: Progress) -> None:
-        logger.info("[%s] %s", name, now)
+        logger.info("[%s] %s", client, now)
         progress.emit("client", round=server_round, client=client, **asdict(now))
 
     result = train_steps(

@@ -334,3 +334,18 @@ def test_one_play_cannot_be_split_by_play(verses: Corpus, folio: Corpus) -> None
         partition(verses, 2, split="play")
     renamed = replace(folio, titles=folio.titles[:2])
     assert renamed.split(by="play")[1] == folio.text[folio.titles[1][0] :]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_pooled_is_the_text_of_all_clients_in_the_order_of_the_text(
+    folio: Corpus, scheme: Any
+) -> None:
+    divided = partition(folio, 3, scheme, seed=1, window=20 if scheme == "iid" else None)
+    pooled = divided.pooled()
+    for side in ("train", "val"):
+        held = sorted(
+            (start, stop) for spans in getattr(divided, side) for start, stop in spans.tolist()
+        )
+        text = "".join(folio.text[start:stop] for start, stop in held)
+        assert divided.tokenizer.decode(getattr(pooled, side)) == text
+    assert pooled.name == "pooled"

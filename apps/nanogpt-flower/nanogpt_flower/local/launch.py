@@ -111,6 +111,10 @@ def prepare(
     corpus = check(launch)
     if corpus is not None:
         changes, notes = fit(run_config, corpus, clients, frozenset(overrides))
+        if launch.settings.corpus == "auto":
+            # All processes, and a later resume, use the text that was found now.
+            changes["corpus"] = corpus.name
+            notes = [corpus.note or f'the corpus "auto" is {corpus.name}', *notes]
         launch = replace(launch, run_config=run_config | changes, notes=notes)
         check_text(launch, corpus)
     return launch

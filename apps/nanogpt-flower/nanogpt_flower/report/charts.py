@@ -52,6 +52,23 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Dot:
+    """A value in a row of a dot chart."""
+
+    value: float
+    style: str  # a class of the CSS
+    title: str  # what a pointer on the dot shows
+
+
+@dataclass(frozen=True)
+class DotRow:
+    """A row of a dot chart, with a line from its lowest to its highest value."""
+
+    label: str
+    dots: Sequence[Dot]
+
+
+@dataclass(frozen=True)
 class Axis:
     """A linear axis from `low` to `high`."""
 
@@ -224,6 +241,46 @@ def bar_chart(
     )
 
 
+def dot_chart(
+    rows: Sequence[DotRow], legend: Sequence[tuple[str, str]], *, description: str, x_label: str
+) -> Markup:
+    """Draw one row of dots for each thing, over a common x axis.
+
+    `legend` has the name and the CSS class of each kind of dot. The label of a row stands above its
+    line, so that long labels have room on a phone.
+    """
+    found = [dot.value for row in rows for dot in row.dots]
+    x_axis = axis(min(found, default=0.0), max(found, default=1.0), count=4, tight=False)
+    height = 44 * max(len(rows), 1)
+    marks = []
+    for tick in x_axis.ticks:
+        x = _percent(x_axis.position(tick))
+        marks.append(f'<line class="grid" x1="{x}" x2="{x}" y1="0" y2="100%"></line>')
+        marks.append(_text(x, "100%", f"{tick:g}", "x", dy=18))
+    for i, row in enumerate(rows):
+        y = _percent((i + 0.68) / len(rows))
+        places = sorted(x_axis.position(dot.value) for dot in row.dots)
+        marks.append(_text("0", _percent((i + 0.3) / len(rows)), row.label, "name"))
+        marks.append(
+            f'<line class="span" x1="{_percent(places[0])}" x2="{_percent(places[-1])}" '
+            f'y1="{y}" y2="{y}"></line>'
+        )
+        marks += [
+            f'<circle class="dot {dot.style}" cx="{_percent(x_axis.position(dot.value))}" '
+            f'cy="{y}" r="5.5"><title>{escape(dot.title)}</title></circle>'
+            for dot in row.dots
+        ]
+    return _figure(
+        "".join(marks),
+        description,
+        [(name, f"dot {style}") for name, style in legend],
+        x_label=x_label,
+        y_label="",
+        height=height,
+        kind="dots",
+    )
+
+
 def sparkline(points: Sequence[Point], low: float, high: float) -> Markup:
     """Draw a small line for a cell of a table. The vertical scale goes from `low` to `high`.
 
@@ -346,4 +403,6 @@ def _figure(
 def _key(style: str) -> str:
     if style.startswith("line"):
         return f'<line class="{style}" x1="1" x2="21" y1="6" y2="6"></line>'
+    if style.startswith("dot"):
+        return f'<circle class="{style}" cx="11" cy="6" r="5"></circle>'
     return f'<rect class="{style}" x="5" y="1" width="11" height="10"></rect>'

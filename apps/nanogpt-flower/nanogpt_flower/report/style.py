@@ -104,6 +104,12 @@ nav { margin-top: 16px; font-size: 14px; display: flex; flex-wrap: wrap; gap: 4p
 .plot text.mean { fill: var(--orange); }
 .plot text.train { fill: var(--green); }
 .plot text.nanogpt { fill: var(--purple); }
+.dot.blue { fill: var(--blue); }
+.dot.orange { fill: var(--orange); }
+.dot.grey { fill: var(--grey); }
+.span { stroke: var(--rule); stroke-width: 3; }
+.plot text.name { fill: var(--ink); }
+.dots .plot { margin-left: 14px; }
 .bar { stroke: var(--paper); stroke-width: 0.6; }
 .bar.blue { fill: var(--blue); }
 .bar.orange { fill: var(--orange); }

@@ -6,7 +6,7 @@ of characters that belong to no client.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -78,6 +78,16 @@ class Partition:
 
     def __iter__(self) -> Iterator[Part]:
         return (self[client] for client in range(len(self)))
+
+    def pooled(self) -> Part:
+        """Return the texts of all clients as one part, in the order of the whole text.
+
+        This is the text of a single party that has everything. Its name is "pooled".
+        """
+        train, val = (
+            _take(self.ids, merged(np.concatenate(side))) for side in (self.train, self.val)
+        )
+        return replace(make_part(train, val, self.tokenizer, self._origin(), 0), name="pooled")
 
     @property
     def left_out(self) -> int:
