@@ -65,6 +65,13 @@ def slow(session: nox.Session, package: str) -> None:
 
 
 @nox.session
+def trackers(session: nox.Session) -> None:
+    """Test TensorBoard, Weights & Biases and Trackio. The arguments are passed to pytest."""
+    install(session, *LIBRARIES, f"{APP}[test,wandb,trackio]")
+    session.run("pytest", f"{APP}/tests/test_trackers.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def parity(session: nox.Session) -> None:
     """Compare gpt-core with Hugging Face transformers. The arguments are passed to pytest."""
     install(session, "packages/gpt-core[parity]")
