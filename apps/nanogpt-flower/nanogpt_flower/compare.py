@@ -340,7 +340,7 @@ def picture(result: Mapping[str, Any]) -> bytes:
         axes.set(title=title, xlabel="loss (nats per character)")
         axes.set_yticks(range(len(clients)), [client["label"] for client in clients])
         axes.grid(axis="x", alpha=0.3)
-    figure.axes[0].invert_yaxis()
+    figure.axes[0].set_ylim(len(clients) - 0.5, -0.5)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(ARMS), frameon=False)
     image = io.BytesIO()

@@ -1,14 +1,20 @@
 """The whole app in one process, with its ServerApp and ClientApp but without Flower's runtime."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Context, Message, RecordDict
 
 from flower_adapter import RoundFailed
-from nanogpt_flower.settings import SettingsError
+from flower_adapter.testing import LocalGrid
+from nanogpt_flower.client_app import app as client_app
+from nanogpt_flower.server_app import main
+from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CorpusUnavailable, DataError, load_corpus, partition
 
 RunApp = Callable[..., Path]
@@ -115,3 +121,64 @@ def test_a_corpus_that_does_not_exist_is_named(
 ) -> None:
     with pytest.raises((DataError, CorpusUnavailable), match="nowhere"):
         run_app(tiny | {"corpus": str(tmp_path / "nowhere"), "output-dir": str(tmp_path)})
+
+
+class CountingGrid(LocalGrid):
+    """A grid that counts the bytes of all arrays that pass through it, by client and direction."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.counted: Counter[tuple[int, str]] = Counter()
+
+    def reply(self, message: Message) -> Message | None:
+        client = self.partition(message.metadata.dst_node_id)
+        self.counted[client, "down"] += array_bytes(message)
+        reply = super().reply(message)
+        if reply is not None:
+            self.counted[client, "up"] += array_bytes(reply)
+        return reply
+
+
+def array_bytes(message: Message) -> int:
+    records = message.content.array_records.values() if message.has_content() else ()
+    return sum(len(array.data) for record in records for array in record.values())
+
+
+class Figures(HTMLParser):
+    """The values of all `<data>` elements in a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.values: list[int] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "data":
+            self.values.append(int(dict(attrs)["value"] or 0))
+
+
+@pytest.mark.parametrize("codec", ["fp32", "2-bit"])
+def test_the_bytes_in_the_report_are_those_that_a_grid_counts(
+    codec: str, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = Settings.from_run_config(
+        tiny
+        | {"uplink": codec, "downlink": codec, "min-clients": 3, "run-name": "run"}
+        | {"output-dir": str(tmp_path)}
+    )
+    grid = CountingGrid(client_app, 3, run_config=settings.to_run_config())
+    main(grid, Context(1, 0, {}, RecordDict(), settings.to_run_config()))
+    directory = tmp_path / "run"
+    lines = [json.loads(line) for line in (directory / "clients.jsonl").read_text().splitlines()]
+    for client in range(3):
+        for way in ("down", "up"):
+            label = f"partition {client:04d} of 3"
+            told = [line[f"bytes_{way}"] for line in lines if line["client"] == label]
+            assert sum(told) == grid.counted[client, way] > 0
+    shown = Figures((directory / "report.html").read_text()).values
+    down, up = (sum(grid.counted[client, way] for client in range(3)) for way in ("down", "up"))
+    assert {down, up, down + up} <= set(shown)
+    # Without a codec: two messages with the model and one reply with it, in each of two rounds.
+    whole = sum(line["fp32_bytes_down"] + line["fp32_bytes_up"] for line in lines)
+    assert whole in shown
+    assert (whole == down + up) if codec == "fp32" else (whole > 4 * (down + up) / 3)
