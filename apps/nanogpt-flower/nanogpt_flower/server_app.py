@@ -129,7 +129,9 @@ def emit_plan(
     """Report the plan of the run to the program that shows its progress."""
     steps = settings.max_steps or None
     tokens = steps and num_clients * steps * settings.batch_size * settings.block_size
-    reasons = dict(reason.split(" ", 1) for reason in run.reasons)
+    # A reason reads "precision bf16: cpu hardware with bf16 found".
+    reasons = dict(reason.split(" ", 1) for reason in run.reasons if ":" in reason)
+    reasons = {key: reasons[key] for key in ("device", "precision", "compile") if key in reasons}
     if corpus and settings.corpus == "auto":
         reasons["corpus"] = corpus.name
     progress.emit(

