@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent
 LIBRARIES = ["packages/gpt-core", "packages/shakespeare-data", "packages/flower-adapter"]
 APP = "apps/nanogpt-flower"
 PACKAGES = [*LIBRARIES, APP]
+README_TESTS = f"{APP}/tests/test_readmes.py"
+README_EXAMPLES = f"{APP}/tests/test_readme_examples.py"
 # Seconds in which a command can stop its own processes, after Ctrl-C and then after SIGTERM.
 INTERRUPT = {"interrupt_timeout": 60.0, "terminate_timeout": 30.0}
 # Each test process uses one thread. More threads would wait for each other on the shared cores.
@@ -61,7 +63,17 @@ def slow(session: nox.Session, package: str) -> None:
     libraries = LIBRARIES if package == APP else []
     install(session, *libraries, f"{package}[test]")
     marked = "slow" if package == APP else "slow or not slow"
-    session.run("pytest", f"{package}/tests", "-m", marked, *session.posargs, env=ONE_THREAD)
+    others = [f"--ignore={README_TESTS}"] if package == APP else []
+    arguments = [f"{package}/tests", "-m", marked, *others, *session.posargs]
+    session.run("pytest", *arguments, env=ONE_THREAD)
+
+
+@nox.session
+def readmes(session: nox.Session) -> None:
+    """Run every command and every Python example in the READMEs. This takes long."""
+    install(session, *(f"{package}[test]" for package in PACKAGES))
+    marked = ["-m", "slow or not slow"]
+    session.run("pytest", README_TESTS, README_EXAMPLES, *marked, *session.posargs)
 
 
 @nox.session

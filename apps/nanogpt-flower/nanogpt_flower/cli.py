@@ -11,7 +11,7 @@ import click
 import typer
 
 import nanogpt_flower
-from nanogpt_flower.interrupts import handle_signals
+from nanogpt_flower.interrupts import Interrupted, handle_signals
 
 if TYPE_CHECKING:
     from nanogpt_flower.local.launch import Launch
@@ -67,6 +67,7 @@ Seed = Annotated[
     typer.Option("--seed", min=0, max=2**63 - 1, help="equal seeds give equal texts"),
 ]
 RUNS = Path("runs")
+INTERRUPTED = "nanogpt-flower: interrupted; all processes have been stopped"
 
 
 @app.callback(invoke_without_command=True)
@@ -126,19 +127,12 @@ def _run(launch: "Launch", verbose: bool) -> None:
     from rich.console import Console
 
     from nanogpt_flower.local.federation import LocalRunError
-    from nanogpt_flower.local.launch import LOG_FILE, Interrupted, run
+    from nanogpt_flower.local.launch import LOG_FILE, run
 
     try:
         directory = run(launch, Console(highlight=False), verbose=verbose)
     except LocalRunError as error:
         raise click.ClickException(str(error)) from error
-    except Interrupted as error:
-        print(
-            "nanogpt-flower: interrupted; all processes have been stopped. Go on with: "
-            f"nanogpt-flower resume {_short(error.directory)}",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from error
     sample = directory / "sample.txt"
     if sample.exists() and (text := sample.read_text(encoding="utf-8")).strip():
         print(f"\n{text}\n")
@@ -343,7 +337,7 @@ def compare(
     from nanogpt_flower.compare import RESULT_FILE, table
     from nanogpt_flower.compare import compare as compare_arms
     from nanogpt_flower.local.federation import LocalRunError
-    from nanogpt_flower.local.launch import Interrupted, prepare
+    from nanogpt_flower.local.launch import prepare
 
     given = list(arguments or []) + ([f"partition={partition}"] if partition else [])
     launch = prepare(given, clients=clients, cpus=cpus, gpus=gpus)
@@ -378,10 +372,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # includes CheckpointError, ConfigError, DataError, SettingsError
         print(f"nanogpt-flower: error: {error}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, click.Abort):
-        print("nanogpt-flower: interrupted", file=sys.stderr)
+    except Interrupted as error:
+        print(
+            f"{INTERRUPTED}. Go on with: nanogpt-flower resume {_short(error.directory)}",
+            file=sys.stderr,
+        )
         return 130
+    except KeyboardInterrupt:
+        status = 130
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    if status == 130:  # typer also turns a KeyboardInterrupt into this status
+        print(INTERRUPTED, file=sys.stderr)
     return status if isinstance(status, int) else 0

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 # A shell can start a background job with SIGINT ignored. Python then does not turn SIGINT into a
@@ -11,6 +12,14 @@ ENDING_SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 _state = {"deferred": 0, "arrived": 0}
+
+
+class Interrupted(Exception):
+    """The user has interrupted a run, and all its processes have been stopped."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.directory = directory
 
 
 def handle_signals() -> None:

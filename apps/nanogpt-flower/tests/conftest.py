@@ -104,6 +104,6 @@ def run_app() -> RunApp:
         for partition, path in enumerate(data_paths):
             grid.contexts[grid.node(partition)].node_config["data-path"] = str(path)
         main(grid, Context(run_id, 0, {}, RecordDict(), run_config))
-        return Path(config.resume_from or Path(config.output_dir) / str(run_id))
+        return Path(config.resume_from or Path(config.output_dir) / config.run_name)
 
     return run

@@ -16,7 +16,7 @@ from nanogpt_flower import progress
 from nanogpt_flower.artifacts import CONFIG_FILE, RunDirectory, new_run_name, writable_directory
 from nanogpt_flower.composition import NO_CORPUS, compression, parts, runtime, sample_prompt
 from nanogpt_flower.fit import fit
-from nanogpt_flower.interrupts import deferred
+from nanogpt_flower.interrupts import Interrupted, deferred
 from nanogpt_flower.local.app_directory import write_app
 from nanogpt_flower.local.display import Display, make_display
 from nanogpt_flower.local.federation import Federation, LocalRunError, temporary_federation
@@ -40,14 +40,6 @@ OTHER_TEXT_NOTE = (
     "Shakespeare, set SHAKESPEARE_DATA_DIR to the directory that holds its input.txt"
 )
 SIMULATION, DEPLOYMENT = "simulation", "deployment"
-
-
-class Interrupted(Exception):
-    """The user has interrupted a run, and all its processes have been stopped."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        self.directory = directory
 
 
 @dataclass(frozen=True)
