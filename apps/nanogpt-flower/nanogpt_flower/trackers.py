@@ -107,7 +107,7 @@ class _Tracker(Protocol):
 
 @dataclass(frozen=True)
 class _Start:
-    """What a tracker needs to start or to go on with a run."""
+    """The values with which a tracker starts or goes on with a run."""
 
     directory: Path
     name: str
