@@ -23,6 +23,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from nanogpt_flower.client_app import train_part
 from nanogpt_flower.composition import model_config, parts, runtime
 from nanogpt_flower.interrupts import ENDING_SIGNALS, deferred
 from nanogpt_flower.local.launch import LOG_FILE, PARTS_FILE, Launch, check, run
-from nanogpt_flower.report import write_comparison
+from nanogpt_flower.report import name_of, write_comparison
 from nanogpt_flower.settings import Settings, SettingsError
 from nanogpt_flower.trained import load_model
 from shakespeare_data import CharTokenizer, Partition, load_corpus, sequential_batches
@@ -322,7 +323,7 @@ def picture(result: Mapping[str, Any]) -> bytes:
     from matplotlib.figure import Figure  # imported here because this import is slow
 
     clients = result["clients"]
-    height = 1.6 + 0.34 * len(clients)
+    height = 1.6 + 0.4 * len(clients)
     figure = Figure(figsize=(9.0, height), dpi=150, layout="constrained")
     titles = {"own": "on its own validation text", "everybody": "on everybody's validation text"}
     for axes, (text, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
@@ -338,7 +339,8 @@ def picture(result: Mapping[str, Any]) -> bytes:
                 label=arm.replace("_", " "),
             )
         axes.set(title=title, xlabel="loss (nats per character)")
-        axes.set_yticks(range(len(clients)), [client["label"] for client in clients])
+        names = [fill(name_of(client), 30) for client in clients]
+        axes.set_yticks(range(len(clients)), names, parse_math=False)  # a name can have a "$"
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].set_ylim(len(clients) - 0.5, -0.5)
     handles, labels = figure.axes[0].get_legend_handles_labels()

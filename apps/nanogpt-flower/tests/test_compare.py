@@ -24,7 +24,8 @@ def run_config(tiny: dict[str, Any]) -> dict[str, Any]:
 
 def client(label: str, alone: float, federated: float, one_place: float) -> dict[str, Any]:
     found = {"alone": alone, "federated": federated, "one_place": one_place}
-    return {"label": label, "train": 1000, "val": 100, "own": found, "everybody": found}
+    part = {"label": label, "holds": ["Cymbeline", "$x"] if label == "two" else []}
+    return part | {"train": 1000, "val": 100, "own": found, "everybody": found}
 
 
 @pytest.fixture
@@ -138,6 +139,7 @@ def test_the_page_escapes_labels_and_shows_no_directories(
     assert "script" not in found.tags
     assert "<script>alert(1)</script>" in found.texts
     assert "+0.5000" in found.texts
+    assert found.texts.count("Cymbeline, $x") == 3  # in the table and in two charts
     assert "secret" not in page
     assert "http:" not in page
     assert "https:" not in page

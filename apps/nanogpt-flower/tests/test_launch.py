@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from nanogpt_flower.artifacts import RunDirectory
 from nanogpt_flower.cli import main
+from nanogpt_flower.composition import parts
 from nanogpt_flower.interrupts import ENDING_SIGNALS
 from nanogpt_flower.local import launch
-from nanogpt_flower.local.launch import Launch
+from nanogpt_flower.local.launch import Launch, write_parts
 from nanogpt_flower.settings import Settings
+from shakespeare_data import CharTokenizer, load_corpus
 
 MORE_THAN_HERE = 1_000_000
 RUNTIMES = [[], ["--deploy"]]
@@ -174,3 +177,26 @@ def test_the_name_of_a_corpus_is_not_taken_for_a_path(
     (tmp_path / "none").mkdir()
     assert main(["run", *arguments, "corpus=none"]) == 0
     assert started[0]["corpus"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("spec", "holds"),
+    [
+        ("contiguous", [[], []]),
+        ("by-play", [["Long"], ["Short"]]),
+        ("by-speaker", [["ROMEO"], ["PARIS"]]),
+        ("dirichlet:1e9,by=speaker", [["PARIS", "PARIS", "ROMEO", "1 more"]] * 2),
+    ],
+)
+def test_the_parts_name_their_plays_or_roles(
+    spec: str, holds: list[list[str]], tmp_path: Path
+) -> None:
+    for title, number in (("Long", 60), ("Short", 40)):
+        speeches = "ROMEO:\nMy lord.\n\nPARIS:\nGood night, good night.\n\n"
+        (tmp_path / f"{title}.txt").write_text(speeches * number, encoding="utf-8")
+    settings = Settings(partition=spec, block_size=16)
+    corpus = load_corpus(str(tmp_path))
+    divided = parts(settings, corpus, CharTokenizer.from_text(corpus.text), 2)
+    write_parts(Launch("quick", {}), RunDirectory(tmp_path), divided)
+    clients = RunDirectory(tmp_path).read_json("parts.json")["clients"]
+    assert sorted(client["holds"] for client in clients) == sorted(holds)

@@ -121,6 +121,7 @@ def test_nothing_that_a_client_sends_becomes_markup(tmp_path: Path) -> None:
     write_lines(directory / "samples.jsonl", [{"round": r, "text": HOSTILE} for r in range(3)])
     (directory / "sample.txt").write_text(HOSTILE)
     part = {"label": HOSTILE, "train": 1, "val": 1, "speakers": 1, "plays": 1, "divergence": 0.1}
+    part["holds"] = [HOSTILE]
     parts = {"scheme": HOSTILE, "options": {HOSTILE: HOSTILE}, "clients": [part], "left_out": 3}
     (directory / "parts.json").write_text(json.dumps(parts))
     config = json.loads((directory / "config.json").read_text())
@@ -230,6 +231,7 @@ def test_missing_files_are_named_in_place_of_their_content(tmp_path: Path) -> No
         ("samples.jsonl", '{"round": 1, "text": 3}\n', "text is 3"),
         ("config.json", "[]", "must be a JSON object"),
         ("parts.json", '{"scheme": "iid", "clients": 3}', "clients is 3; it must be a list"),
+        ("parts.json", '{"scheme": "iid", "clients": [{"label": "a", "holds": 1}]}', "holds is 1"),
         ("state.json", "{", "damaged"),
     ],
 )

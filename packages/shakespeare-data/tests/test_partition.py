@@ -144,6 +144,7 @@ def test_by_play_cuts_a_play_between_speeches_when_clients_outnumber_plays(folio
         boundaries
     )
     assert all(part.plays == 1 for part in divided.report())
+    assert {part.titles for part in divided.report()} == {(play.title,) for play in folio.plays}
     assert max(len(part.train) for part in divided) < 2 * min(len(part.train) for part in divided)
 
 
@@ -158,6 +159,8 @@ def test_by_speaker_gives_each_client_one_role_with_enough(folio: Corpus) -> Non
         both = len(part.train) + len(part.val)
         assert sum(len(text) == both for text in roles.values()) >= 1
     assert [report.speakers for report in divided.report()] == [1, 1, 1]
+    for report, text in zip(divided.report(), texts(folio, divided), strict=True):
+        assert text.startswith(f"{report.roles[0]}:")
     assert divided.left_out == len(folio.text) - sum(r.train + r.val for r in divided.report())
 
 

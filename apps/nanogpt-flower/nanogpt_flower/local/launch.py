@@ -30,6 +30,7 @@ from shakespeare_data import (
     CharTokenizer,
     Corpus,
     Partition,
+    PartReport,
     load_corpus,
 )
 
@@ -386,11 +387,21 @@ def write_parts(launch: Launch, directory: RunDirectory, divided: Partition) -> 
         for number, part in enumerate(divided)
     ]
     clients = [
-        {"label": label, **asdict(report)}
+        {"label": label, **asdict(report), "holds": _holds(report, divided)}
         for label, report in zip(labels, divided.report(), strict=True)
     ]
     document = {"scheme": divided.scheme, "options": dict(divided.options), "clients": clients}
     directory.write_json(PARTS_FILE, {**document, "left_out": divided.left_out})
+
+
+def _holds(report: PartReport, divided: Partition) -> list[str]:
+    """Name what one client has and other clients may not have: its roles or its plays."""
+    if divided.scheme == "by-speaker" or divided.options.get("by") == "speaker":
+        rest = report.speakers - len(report.roles)
+        return [*report.roles, *([f"{rest} more"] if rest else [])]
+    if divided.scheme in ("by-play", "dirichlet"):
+        return list(report.titles)
+    return []
 
 
 def _append_logs(federation: Federation, log: Path) -> None:

@@ -38,6 +38,11 @@ def write_comparison(directory: Path) -> Path:
     return path
 
 
+def name_of(client: Mapping[str, Any]) -> str:
+    """Return the names of a client's plays or roles. If there are none, return its label."""
+    return clean(", ".join(client["holds"]) or client["label"], 60)
+
+
 def _content(result: Mapping[str, Any]) -> dict[str, Any]:
     clients = result["clients"]
     rows = [
@@ -86,7 +91,7 @@ def _content(result: Mapping[str, Any]) -> dict[str, Any]:
 def _chart(clients: list[dict[str, Any]], text: str) -> Any:
     rows = [
         DotRow(
-            clean(client["label"], 40),
+            name_of(client),
             [
                 Dot(client[text][arm], style, f"{name}: {client[text][arm]:.4f}")
                 for arm, (name, style) in _ARMS.items()

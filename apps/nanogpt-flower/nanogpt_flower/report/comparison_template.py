@@ -36,7 +36,9 @@ lower loss.</p>
 <th scope="col" class="number"><br>federated</th>
 <th scope="col" class="number"><br>one place</th></tr></thead><tbody>
 {% for row in clients %}
-<tr><th scope="row"><bdi>{{ row.label | label }}</bdi></th><td class="number">{{ row.train | exact }}</td>
+<tr><th scope="row"><bdi>{{ row.label | label }}</bdi>
+{% if row.holds %}<br><small><bdi>{{ row.holds | join(", ") | sentence }}</bdi></small>{% endif %}</th>
+<td class="number">{{ row.train | exact }}</td>
 <td class="number">{{ row.own.alone | loss }}</td><td class="number">{{ row.own.federated | loss }}</td>
 <td class="number">{{ "%+.4f" | format(row.gain) }}</td>
 <td class="number">{{ row.own.one_place | loss }}</td>

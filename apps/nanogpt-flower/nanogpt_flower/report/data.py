@@ -119,6 +119,7 @@ class Part:
     speakers: int | None
     plays: int | None
     divergence: float | None  # from the whole text, in bits
+    holds: str = ""  # the names of its plays or roles
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,12 @@ class _Fields:
         if not isinstance(value, str):
             self.wrong(key, "a text")
         return value
+
+    def texts(self, key: str) -> list[str]:
+        values = self.values.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            self.wrong(key, "a list of texts")
+        return list(values)
 
     def mapping(self, key: str) -> "_Fields":
         value = self.values.get(key)
@@ -373,6 +380,7 @@ def _partition(fields: _Fields | None) -> Partition | None:
             item.optional_whole("speakers"),
             item.optional_whole("plays"),
             item.number("divergence"),
+            ", ".join(item.texts("holds")),
         )
         for item in fields.objects("clients")
     )

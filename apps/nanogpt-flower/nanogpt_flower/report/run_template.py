@@ -102,7 +102,8 @@ TEMPLATE = """\
 <th scope="col">divergence</th>{% endif %}
 {% if client_losses %}<th scope="col">validation loss<br>by round, last</th>{% endif %}</tr></thead><tbody>
 {% for row in parts %}
-<tr><th scope="row"><bdi>{{ row.part.label | label }}</bdi></th>
+<tr><th scope="row"><bdi>{{ row.part.label | label }}</bdi>
+{% if row.part.holds %}<br><small><bdi>{{ row.part.holds | sentence }}</bdi></small>{% endif %}</th>
 <td class="number">{{ row.part.train | or_dash }}</td>
 <td class="number">{{ row.part.val | or_dash }}</td>
 {% if divided %}<td class="number">{{ row.part.plays | or_dash }}</td>
@@ -158,7 +159,7 @@ of the whole text. It is a Jensen-Shannon divergence, from 0 bits (alike) to 1 b
 rounds</th><th scope="col" class="number">share</th><th scope="col"></th></tr></thead><tbody>
 {% for row in time.rows %}
 <tr><th scope="row">{{ row.name }}</th><td class="number">{{ row.seconds | duration }}</td>
-<td class="number">{{ "%.1f" | format(100 * row.share) }} %</td><td class="soft">{{ row.words }}</td></tr>
+<td class="number">{{ "%.1f" | format(100 * row.share) }} %</td><td class="words soft">{{ row.words }}</td></tr>
 {% endfor %}
 </tbody><tfoot><tr><th scope="row">all</th><td class="number">{{ time.total | duration }}</td>
 <td></td><td></td></tr></tfoot></table></div>

@@ -139,7 +139,8 @@ tfoot th { font-size: inherit; }
 .words { min-width: 16em; overflow-wrap: anywhere; }
 tr.changed { background: var(--tint); }
 tr.changed > :first-child { box-shadow: inset 3px 0 var(--gold); padding-left: 12px; }
-td small { color: var(--soft); font-size: 12.5px; }
+tbody th small { display: inline-block; min-width: 16em; white-space: normal; }
+td small, th small { color: var(--soft); font-size: 12.5px; }
 details { margin-top: 14px; }
 summary { cursor: pointer; color: var(--blue); }
 

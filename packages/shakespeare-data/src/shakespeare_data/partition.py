@@ -5,6 +5,7 @@ other spans for validation. No character belongs to two clients. `Partition.left
 of characters that belong to no client.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -44,6 +45,8 @@ class PartReport:
     speakers: int  # roles with at least one character in this part
     plays: int  # plays with at least one character in this part
     divergence: float
+    titles: tuple[str, ...]  # of these plays, the one with the most text first
+    roles: tuple[str, ...]  # the names of at most three roles, the one with the most text first
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,13 +148,21 @@ class Partition:
             for begin, end in zip(first.tolist(), last.tolist(), strict=True)
             for i in range(begin, end)
         ]
+        plays: Counter[str] = Counter()
+        roles: Counter[tuple[str, str]] = Counter()
+        for speech in speeches:
+            plays[speech.play] += len(speech.text)
+            if speech.speaker:
+                roles[speech.role] += len(speech.text)
         return PartReport(
             client,
             _size(self.train[client]),
             _size(self.val[client]),
-            len({speech.role for speech in speeches if speech.speaker}),
-            len({speech.play for speech in speeches}),
+            len(roles),
+            len(plays),
             jensen_shannon(self._characters(spans), whole),
+            tuple(title for title, _ in plays.most_common() if title),
+            tuple(name for (_, name), _ in roles.most_common(3)),
         )
 
 
