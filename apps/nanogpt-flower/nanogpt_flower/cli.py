@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
+import typer.core
 
 import nanogpt_flower
 from nanogpt_flower.interrupts import Interrupted, handle_signals
 
 if TYPE_CHECKING:
     from nanogpt_flower.local.launch import Launch
+
+typer.core.HAS_RICH = False  # else Typer puts a backslash before each "[" in a help without Rich
 
 # The commands import torch and Flower only when they run, so `--help` is fast.
 
@@ -197,7 +200,7 @@ def runs(output_dir: OutputDir = RUNS) -> None:
             f"{one.started:%Y-%m-%d %H:%M}",
             one.preset or "-",
             one.corpus or "-",
-            f"{one.rounds}/{one.num_rounds}",
+            f"{one.rounds}/{one.num_rounds}" if one.num_rounds is not None else "-",
             "-" if one.loss is None else f"{one.loss:.4f}",
             one.state,
         ]

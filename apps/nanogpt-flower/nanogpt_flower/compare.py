@@ -134,6 +134,11 @@ def compare(launch: Launch, console: Console, *, verbose: bool = False) -> Path:
     settings = launch.settings
     if check(launch) is None:
         raise SettingsError(f"corpus is {settings.corpus!r}; a comparison needs a text to divide")
+    if settings.resume_from:
+        raise SettingsError(
+            f"resume-from is {settings.resume_from!r}; it must be empty, because a comparison "
+            "trains all its models from the start"
+        )
     output_dir = writable_directory(settings.output_dir)
     name = settings.run_name or new_run_name(output_dir, f"compare-{launch.preset}")
     directory = writable_directory(str(output_dir), name)
@@ -287,21 +292,27 @@ def mean(result: Mapping[str, Any], text: str, arm: str) -> float:
 
 def table(result: Mapping[str, Any]) -> str:
     """Return the comparison as a table, and the answer in two sentences."""
-    names = [client["label"] for client in result["clients"]]
-    width = max(len(name) for name in (*names, "mean"))
-    head = f"{'':<{width}}  {'on its own validation text':<38}  on everybody's"
-    columns = f"{'alone':>9} {'federated':>9} {'gain':>8} {'one place':>9}"
-    lines = [head, f"{'client':<{width}} {columns}  {columns[:19]} {'one place':>9}"]
-    rows = [(client["label"], client["own"], client["everybody"]) for client in result["clients"]]
-    means = [{arm: mean(result, text, arm) for arm in ARMS} for text in ("own", "everybody")]
-    for name, own, everybody in [*rows, ("mean", *means)]:
+    clients = result["clients"]
+    names = [f"client {number}" for number in range(len(clients))]
+    width = max(len(name) for name in names)
+    head = f"{'':<{width}}  {'on its own validation text':<36}  on everybody's"
+    columns = f"{'alone':>7} {'federated':>9} {'gain':>7} {'one place':>9}"
+    lines = [head, f"{'client':<{width}} {columns}  {columns[:17]} {'one place':>9}"]
+    means = {text: {arm: mean(result, text, arm) for arm in ARMS} for text in ("own", "everybody")}
+    for name, row in zip([*names, "mean"], [*clients, means], strict=True):
+        own, everybody = row["own"], row["everybody"]
         lines.append(
-            f"{name:<{width}} {own['alone']:>9.4f} {own['federated']:>9.4f} "
-            f"{own['alone'] - own['federated']:>+8.4f} {own['one_place']:>9.4f}  "
-            f"{everybody['alone']:>9.4f} {everybody['federated']:>9.4f} "
+            f"{name:<{width}} {own['alone']:>7.4f} {own['federated']:>9.4f} "
+            f"{own['alone'] - own['federated']:>+7.4f} {own['one_place']:>9.4f}  "
+            f"{everybody['alone']:>7.4f} {everybody['federated']:>9.4f} "
             f"{everybody['one_place']:>9.4f}"
         )
-    return "\n".join([*lines, *answer(result)])
+    holds = [
+        f"{name}: {name_of(client)}"
+        for name, client in zip(names, clients, strict=True)
+        if client["holds"]
+    ]
+    return "\n".join([*lines, *holds, *(fill(sentence, 79) for sentence in answer(result))])
 
 
 def answer(result: Mapping[str, Any]) -> list[str]:

@@ -74,6 +74,8 @@ def parts(
             **options,
         )
     except DataError as error:
+        if "min_characters" not in str(error):  # the text is not too small
+            raise
         raise DataError(
             f"block-size {settings.block_size} needs at least {needed} characters of each client "
             f"to train and to validate: {error}"

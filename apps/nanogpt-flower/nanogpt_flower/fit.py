@@ -8,6 +8,7 @@ from nanogpt_flower.settings import Settings
 from shakespeare_data import CharTokenizer, Corpus, DataError
 
 SMALLEST_BLOCK = 8  # a model that sees fewer characters learns almost nothing
+MANY_PASSES = 30  # with more, a note is shown
 PASSES = 10  # a small text is seen at most about so many times in a round
 
 
@@ -38,7 +39,16 @@ def fit(
         return True
 
     if fits(settings.block_size):
-        return {}, []
+        tokens = settings.max_steps * settings.batch_size * settings.block_size
+        divided = parts(settings, corpus, tokenizer, num_clients)
+        passes = tokens / min(len(part.train) for part in divided)
+        if passes <= MANY_PASSES or "max-steps" in chosen:
+            return {}, []
+        steps = max(1, round(settings.max_steps * PASSES / passes))
+        return {}, [
+            f"the smallest text of a client is read {passes:.0f} times a round, so the model may "
+            f"learn it by heart; max-steps={steps} would read it about {PASSES} times"
+        ]
     if "block-size" in chosen or not fits(SMALLEST_BLOCK):
         smallest = settings.block_size if "block-size" in chosen else SMALLEST_BLOCK
         changed = Settings.from_run_config({**run_config, "block-size": smallest})

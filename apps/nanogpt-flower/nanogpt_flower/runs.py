@@ -62,7 +62,14 @@ def find_run(name: str, output_dir: Path) -> Path:
 
 def all_runs(output_dir: Path) -> list[Run]:
     """Return all runs in a directory, in the order of their starts."""
-    return [describe(path) for path in _paths(output_dir)]
+    return [_describe_any(path) for path in _paths(output_dir)]
+
+
+def _describe_any(path: Path) -> Run:
+    try:
+        return describe(path)
+    except (SettingsError, TypeError, AttributeError, KeyError):  # one damaged run hides no other
+        return Run(path, _started(path), None, None, 0, None, None, "damaged")
 
 
 def describe(path: Path) -> Run:

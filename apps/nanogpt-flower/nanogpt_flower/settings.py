@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
@@ -258,7 +259,9 @@ class Settings:
         problems: list[str] = []
         for key, value in run_config.items():
             if key not in known:
-                problems.append(f"{key} is not a setting of this app")
+                near = get_close_matches(key, known, n=1)
+                hint = f" (the nearest is {near[0]})" if near else ""
+                problems.append(f"{key} is not a setting of this app{hint}")
                 continue
             item = known[key]
             if item.type is float and type(value) is int:

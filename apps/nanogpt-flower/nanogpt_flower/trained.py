@@ -18,6 +18,7 @@ from gpt_core import (
 )
 from nanogpt_flower.artifacts import CONFIG_FILE, MODEL_DIRECTORY, TOKENIZER_FILE, RunDirectory
 from nanogpt_flower.composition import NO_CORPUS, default_prompt, runtime, validation_text
+from nanogpt_flower.runs import is_run
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, load_corpus, sequential_batches
 
@@ -31,6 +32,8 @@ def load_model(directory: Path) -> tuple[GPT, CharTokenizer]:
     """
     inside = directory / MODEL_DIRECTORY
     directory = inside if inside.is_dir() else directory
+    if is_run(directory) and not (directory / TOKENIZER_FILE).exists():
+        raise CheckpointError(f"the run in {directory} has not saved a model")
     model, tokenizer = from_pretrained(directory), CharTokenizer.load(directory / TOKENIZER_FILE)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise CheckpointError(

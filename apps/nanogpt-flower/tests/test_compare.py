@@ -103,11 +103,13 @@ def test_the_table_has_the_gain_of_each_client_and_the_answer(result: dict[str, 
     own, everybody = ["2.5000", "2.0000", "+0.5000", "1.9000"], ["2.5000", "2.0000", "1.9000"]
     assert lines[2].split()[-7:] == own + everybody
     assert lines[4].split()[:5] == ["mean", "2.2500", "2.1000", "+0.1500", "1.9500"]
-    assert lines[5].startswith("Taking part gave 1 of 2 clients a lower loss on their own text.")
-    assert lines[5].endswith("the loss fell by 0.1500.")
-    assert lines[6] == (
-        "On everybody's text, the federated loss is 0.1500 above that of all text in one place."
+    assert lines[5] == "client 1: Cymbeline, $x"
+    assert " ".join(lines[6:]) == (
+        "Taking part gave 1 of 2 clients a lower loss on their own text. On average the loss fell "
+        "by 0.1500. On everybody's text, the federated loss is 0.1500 above that of all text in "
+        "one place."
     )
+    assert max(map(len, lines)) < 80
 
 
 def test_the_picture_is_a_png(result: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ import pytest
 from nanogpt_flower import progress
 from nanogpt_flower.artifacts import RunDirectory
 from nanogpt_flower.local.federation import Federation, LocalRunError
+from nanogpt_flower.local.processes import processes
 from nanogpt_flower.runs import state_of
 from nanogpt_flower.trained import evaluate_run
 from shakespeare_data import load_corpus, partition
@@ -178,6 +179,25 @@ def resumed(
     return resume(directory)
 
 
+def test_a_federation_ends_when_its_program_is_killed(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    program = (
+        "import os, pathlib\n"
+        "from nanogpt_flower.local.federation import Federation\n"
+        f"with Federation(pathlib.Path({str(home)!r})) as federation:\n"
+        "    federation.start('sleeper', ['python', '-c', 'import time; time.sleep(600)'])\n"
+        "    print(federation._id, flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    deadline = time.monotonic() + 60
+    while home.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not home.exists()
+    assert not processes(killed.stdout.strip())
+
+
 def assert_equal_runs(directory: Path, other: Path) -> None:
     for name in ("metrics.jsonl", "sample.txt", "model/model.safetensors"):
         assert (directory / name).read_bytes() == (other / name).read_bytes(), name
@@ -198,7 +218,8 @@ def test_a_simulation_learns_and_leaves_its_files(resumed: Resumed) -> None:
     }
     results = {f"{name}.jsonl" for name in ("metrics", "clients", "timings", "samples")}
     results |= {f"{name}.json" for name in ("config", "launch", "parts", "state")}
-    results |= {"sample.txt", "curve.png", "report.html", "run.log", ".checkpoints.lock"}
+    results |= {"sample.txt", "curve.png", "report.html", "run.log"}
+    results |= {".checkpoints.lock", ".launch.lock"}
     assert files == results | model | checkpoints
     assert f"report: {directory}/report.html" in printed
     assert "tokens/s" in printed

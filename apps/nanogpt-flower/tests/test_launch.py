@@ -13,8 +13,8 @@ from nanogpt_flower.cli import main
 from nanogpt_flower.composition import parts
 from nanogpt_flower.interrupts import ENDING_SIGNALS
 from nanogpt_flower.local import launch
-from nanogpt_flower.local.launch import Launch, write_parts
-from nanogpt_flower.settings import Settings
+from nanogpt_flower.local.launch import Launch, alone_in, write_parts
+from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, load_corpus
 
 MORE_THAN_HERE = 1_000_000
@@ -175,8 +175,34 @@ def test_the_name_of_a_corpus_is_not_taken_for_a_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "none").mkdir()
-    assert main(["run", *arguments, "corpus=none"]) == 0
+    assert main(["run", *arguments, "corpus=none", "--deploy"]) == 0
     assert started[0]["corpus"] == "none"
+
+
+def test_simulated_clients_need_a_text(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *arguments, "corpus=none"]) == 2
+    assert "corpus is 'none', but simulated clients have no text" in capsys.readouterr().err
+
+
+def test_a_run_cannot_wait_for_more_clients_than_it_has(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *arguments, "min-clients=3"]) == 2
+    assert "min-clients is 3; it must be at most 2" in capsys.readouterr().err
+
+
+def test_only_one_program_runs_in_a_directory(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    with (
+        alone_in(directory),
+        pytest.raises(SettingsError, match="a run is in progress in"),
+        alone_in(directory),
+    ):
+        pass
+    with alone_in(directory):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from nanogpt_flower.artifacts import RunDirectory
-from nanogpt_flower.runs import all_runs, find_run, state_of, write_state
+from nanogpt_flower.runs import all_runs, describe, find_run, state_of, write_state
 from nanogpt_flower.settings import SettingsError
 
 
@@ -73,5 +73,9 @@ def test_a_run_of_flwr_run_is_completed_when_it_has_a_sample(tmp_path: Path) -> 
 def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
     directory = make_run(tmp_path / "a", "2026-11-24T22:15:00+00:00")
     (directory.path / name).write_text("{")
+    make_run(tmp_path / "b", "2026-11-24T22:16:00+00:00")
     with pytest.raises(SettingsError, match=f"{name} is damaged"):
-        all_runs(tmp_path)
+        describe(directory.path)
+    damaged, whole = all_runs(tmp_path)
+    assert (damaged.path.name, damaged.state) == ("a", "damaged")
+    assert whole.state != "damaged"

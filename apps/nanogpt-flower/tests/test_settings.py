@@ -172,7 +172,7 @@ def test_all_bad_values_and_unknown_keys_are_named_at_once() -> None:
         Settings.from_run_config({"batch-size": 0, "n-layers": 2, "top-k": -1})
     assert str(caught.value) == (
         "batch-size is 0; it must be a whole number of at least 1; "
-        "n-layers is not a setting of this app; "
+        "n-layers is not a setting of this app (the nearest is n-layer); "
         "top-k is -1; it must be a whole number of at least 0"
     )
 

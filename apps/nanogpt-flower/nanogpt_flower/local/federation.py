@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -24,11 +25,10 @@ import psutil
 import tomli_w
 
 from nanogpt_flower.interrupts import deferred
+from nanogpt_flower.local.processes import FEDERATION_ID, processes, stop_processes
 
 CONNECTION = "local"  # the SuperLink's name in Flower's config.toml
-FEDERATION_ID = "NANOGPT_FLOWER_FEDERATION"  # environment variable that marks each process
 START_SECONDS = 60.0  # a SuperLink that takes longer to answer has failed
-STOP_SECONDS = 10.0  # a process that takes longer to end is killed
 POLL_SECONDS = 0.2  # time between two looks at the processes of a run
 
 
@@ -64,6 +64,7 @@ class Federation:
         self.port = free_port()
         self._id = uuid.uuid4().hex
         self._started: dict[str, subprocess.Popen[bytes]] = {}
+        self._watch: subprocess.Popen[bytes] | None = None
         self._environment = os.environ | {
             # Flower starts its own programs by name, so their directory must be in PATH.
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
@@ -82,11 +83,22 @@ class Federation:
         )
 
     def __enter__(self) -> Self:
+        # If this process is killed, it cannot stop the federation. Then its watcher does it.
+        with deferred():
+            self._watch = subprocess.Popen(
+                [sys.executable, "-m", "nanogpt_flower.local.watch", self._id, str(self.home)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
         with deferred():
             self.stop()
+            if self._watch is not None:
+                self._watch.communicate()  # closes the pipe, so the watcher ends
 
     def start(
         self, name: str, command: Sequence[str], **environment: str
@@ -120,7 +132,7 @@ class Federation:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
             time.sleep(0.1)
-        raise LocalRunError(f"the SuperLink did not start: {self.log_tail('superlink')}")
+        raise LocalRunError(f"the SuperLink did not start: {self.logtail('superlink')}")
 
     def start_supernode(self, name: str, node_config: str, *, threads: int = 1) -> None:
         """Start a SuperNode in which PyTorch uses `threads` threads.
@@ -175,10 +187,10 @@ class Federation:
             while_running()
             for name, process in self._started.items():
                 if process is not flwr_run and process.poll() is not None:
-                    raise LocalRunError(f"{name} ended during the run: {self.log_tail(name)}")
+                    raise LocalRunError(f"{name} ended during the run: {self.logtail(name)}")
         while_running()
         if flwr_run.returncode:
-            raise LocalRunError(f"`flwr run` did not start the run: {_tail(log)}")
+            raise LocalRunError(f"`flwr run` did not start the run: {tail(log)}")
         status, details = self._run_status()
         if status != "finished:completed":
             raise LocalRunError(details or f"the status of the run is {status}")
@@ -196,64 +208,27 @@ class Federation:
         newest = json.loads(listed.stdout)["runs"][0]
         return newest["status"], newest.get("status-details", "")
 
-    def log_tail(self, name: str) -> str:
+    def logtail(self, name: str) -> str:
         """Return the last lines of a program's log."""
-        return _tail(self.home / f"{name}.log")
+        return tail(self.home / f"{name}.log")
 
     def processes(self) -> set[psutil.Process]:
         """Find all running processes that this federation or one of its processes has started."""
-        marked = {process for process in psutil.process_iter() if self._is_marked(process)}
-        # Ray's agents overwrite their environment when they rename themselves. The parents of
-        # these agents still have the mark, so the agents are found as children.
-        return marked.union(*(_descendants(process) for process in marked))
-
-    def _is_marked(self, process: psutil.Process) -> bool:
-        try:
-            return bool(process.environ().get(FEDERATION_ID) == self._id)
-        except (psutil.Error, OSError):
-            return False  # the process belongs to another user or has ended
+        return processes(self._id)
 
     def stop(self) -> None:
         """Terminate every process, and wait until all processes have ended.
 
         Processes that still run after ten seconds are killed.
         """
-        terminated: set[psutil.Process] = set()
-        deadline = time.monotonic() + STOP_SECONDS
-        # A process may start a new process while it ends, so look for new processes each time.
-        while living := {process for process in self.processes() | terminated if _lives(process)}:
-            late = time.monotonic() > deadline
-            for process in living if late else living - terminated:
-                _end(process, kill=late)
-            terminated |= living
-            psutil.wait_procs(living, timeout=0.2)
+        stop_processes(self._id)
         for started in self._started.values():
             started.wait()
 
 
-def _tail(log: Path, lines: int = 15) -> str:
+def tail(log: Path, lines: int = 15) -> str:
+    """Return the last lines of a log."""
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-
-
-def _descendants(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return list(process.children(recursive=True))
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _end(process: psutil.Process, *, kill: bool) -> None:
-    try:
-        process.kill() if kill else process.terminate()
-    except psutil.NoSuchProcess:
-        return
 
 
 @contextmanager

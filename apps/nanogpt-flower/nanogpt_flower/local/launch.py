@@ -2,16 +2,19 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 
+from flower_adapter import CheckpointError, Checkpoints
 from nanogpt_flower import progress
 from nanogpt_flower.artifacts import CONFIG_FILE, RunDirectory, new_run_name, writable_directory
 from nanogpt_flower.composition import NO_CORPUS, compression, parts, runtime, sample_prompt
@@ -19,10 +22,11 @@ from nanogpt_flower.fit import fit
 from nanogpt_flower.interrupts import Interrupted, deferred
 from nanogpt_flower.local.app_directory import write_app
 from nanogpt_flower.local.display import Display, make_display
-from nanogpt_flower.local.federation import Federation, LocalRunError, temporary_federation
+from nanogpt_flower.local.federation import Federation, LocalRunError, tail, temporary_federation
+from nanogpt_flower.local.processes import STOP_SECONDS
 from nanogpt_flower.preset import DEFAULT, preset_named
 from nanogpt_flower.report import write_report
-from nanogpt_flower.runs import LATEST, LAUNCH_FILE, find_run, write_state
+from nanogpt_flower.runs import LATEST, LAUNCH_FILE, find_run, state_of, write_state
 from nanogpt_flower.settings import Settings, SettingsError
 from nanogpt_flower.trackers import check_trackers
 from shakespeare_data import (
@@ -41,6 +45,7 @@ OTHER_TEXT_NOTE = (
     "Shakespeare, set SHAKESPEARE_DATA_DIR to the directory that holds its input.txt"
 )
 SIMULATION, DEPLOYMENT = "simulation", "deployment"
+LARGEST_PLAYS = 3  # plays that are named for each client of "dirichlet"
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,14 @@ def prepare_resume(name: str, output_dir: Path, arguments: Sequence[str]) -> Lau
     if directory.newest_checkpoint or list(directory.checkpoints.glob("round-*")):
         run_config["resume-from"] = str(directory.path)
     launch = replace(launch, run_config=run_config, notes=[])
+    if launch.settings.resume_from and state_of(directory) == "completed":
+        rounds = launch.settings.num_server_rounds
+        if rounds == directory.newest_checkpoint:
+            note = (
+                f"the run has finished all its {rounds} rounds. To train longer, give it more, "
+                f"such as num-server-rounds={rounds + 2}"
+            )
+            launch = replace(launch, notes=[note])
     corpus = check(launch)
     if corpus is not None:
         check_text(launch, corpus)
@@ -221,9 +234,24 @@ def check(launch: Launch) -> Corpus | None:
     runtime(settings)
     compression(settings)
     check_trackers(settings.report_to)
+    if settings.min_clients > launch.clients:
+        raise SettingsError(
+            f"min-clients is {settings.min_clients}; it must be at most {launch.clients}, the "
+            "number of clients"
+        )
+    if settings.corpus == NO_CORPUS and launch.runtime == SIMULATION:
+        raise SettingsError(
+            f"corpus is {NO_CORPUS!r}, but simulated clients have no text of their own; use "
+            "--deploy, or name a text"
+        )
     corpus = None if settings.corpus == NO_CORPUS else load_corpus(settings.corpus)
     if settings.resume_from:
-        RunDirectory.resume(settings, corpus)
+        finished = RunDirectory.resume(settings, corpus).newest_checkpoint
+        if settings.num_server_rounds < finished:
+            raise SettingsError(
+                f"num-server-rounds is {settings.num_server_rounds}; it must be at least "
+                f"{finished}, the number of rounds that the run has finished"
+            )
     else:
         writable_directory(settings.output_dir)
     if corpus is None and launch.runtime == DEPLOYMENT:
@@ -278,13 +306,43 @@ def open_directory(launch: Launch) -> tuple[Launch, RunDirectory]:
     """
     run_config = dict(launch.run_config)
     if launch.settings.resume_from:
-        return launch, RunDirectory(Path(launch.settings.resume_from))
-    output_dir = writable_directory(launch.settings.output_dir)
-    name = launch.settings.run_name or new_run_name(output_dir, launch.preset)
-    directory = RunDirectory.create(str(output_dir), name)
-    run_config["run-name"] = name
+        directory = RunDirectory(Path(launch.settings.resume_from))
+        run_config.setdefault("run-name", directory.path.name)
+    else:
+        output_dir = writable_directory(launch.settings.output_dir)
+        name = launch.settings.run_name or new_run_name(output_dir, launch.preset)
+        directory = RunDirectory.create(str(output_dir), name)
+        run_config["run-name"] = name
     run_config.setdefault("client-state", str(directory.path / "clients"))
     return replace(launch, run_config=run_config), directory
+
+
+@contextmanager
+def alone_in(directory: RunDirectory) -> Iterator[None]:
+    """Keep all other programs from starting or resuming a run in this directory.
+
+    The processes of a program that was killed need a few seconds to end. This function waits for
+    them.
+
+    Raises:
+        SettingsError: a run is in progress in the directory.
+    """
+    busy = SettingsError(f"a run is in progress in {directory.path}; wait for its end, or stop it")
+    try:
+        # A killed process loses its lock.
+        with FileLock(directory.path / ".launch.lock", blocking=False):
+            deadline = time.monotonic() + STOP_SECONDS + 5.0
+            while directory.checkpoints.exists():
+                try:
+                    with Checkpoints(directory.checkpoints).locked():
+                        break
+                except CheckpointError as error:
+                    if time.monotonic() > deadline:
+                        raise busy from error
+                time.sleep(0.2)
+            yield
+    except Timeout as error:
+        raise busy from error
 
 
 def run(launch: Launch, console: Console, *, verbose: bool = False) -> Path:
@@ -293,9 +351,15 @@ def run(launch: Launch, console: Console, *, verbose: bool = False) -> Path:
     Raises:
         LocalRunError: the run has failed. The message says why.
         Interrupted: the user has interrupted the run.
+        SettingsError: another program has a run in progress in the directory.
     """
+    launch, directory = open_directory(launch)
+    with alone_in(directory):
+        return _run_in(directory, launch, console, verbose)
+
+
+def _run_in(directory: RunDirectory, launch: Launch, console: Console, verbose: bool) -> Path:
     with deferred():
-        launch, directory = open_directory(launch)
         launch.write(directory)
         write_state(directory, "running")
     state, message = "interrupted", ""
@@ -307,7 +371,10 @@ def run(launch: Launch, console: Console, *, verbose: bool = False) -> Path:
         state = "completed"
     except (LocalRunError, OSError) as error:
         state, message = "failed", str(error)
-        raise
+        log = directory.path / LOG_FILE
+        if isinstance(error, OSError) or not log.exists():
+            raise
+        raise LocalRunError(f"{error}\n\nThe end of {log}:\n{tail(log)}") from error
     except KeyboardInterrupt as error:
         raise Interrupted(directory.path) from error
     finally:
@@ -399,8 +466,11 @@ def _holds(report: PartReport, divided: Partition) -> list[str]:
     if divided.scheme == "by-speaker" or divided.options.get("by") == "speaker":
         rest = report.speakers - len(report.roles)
         return [*report.roles, *([f"{rest} more"] if rest else [])]
-    if divided.scheme in ("by-play", "dirichlet"):
+    if divided.scheme == "by-play":
         return list(report.titles)
+    if divided.scheme == "dirichlet":  # most clients have a little of each play
+        rest = len(report.titles) - LARGEST_PLAYS
+        return [*report.titles[:LARGEST_PLAYS], *([f"{rest} more"] if rest > 0 else [])]
     return []
 
 

@@ -75,8 +75,16 @@ def _content(result: Mapping[str, Any]) -> dict[str, Any]:
         "gain": gain,
         "cost": cost,
         "cards": [
-            ("gain by taking part", f"{gain:+.4f}", "nats lower on its own text, mean of clients"),
-            ("cost of federating", f"{cost:+.4f}", "nats above one place, on everybody's text"),
+            (
+                "gain by taking part",
+                f"{gain:+.4f}",
+                "nats on its own text; + is a lower loss",
+            ),
+            (
+                "cost of federating",
+                f"{cost:+.4f}",
+                "nats on everybody's text; + is higher",
+            ),
             ("traffic", megabytes(result["bytes"]), "of the federation, both directions"),
             ("time", duration(seconds["federated"]), "of the federation, with its start"),
         ],

@@ -12,7 +12,7 @@ TEMPLATE = """\
 own text. On average the loss {{ "fell" if gain >= 0 else "rose" }} by {{ gain | abs | loss }}.
 On everybody's text, the federated loss is {{ cost | abs | loss }}
 {{ "above" if cost >= 0 else "below" }} that of all text in one place.</p>
-<dl class="cards">
+<dl class="cards" style="--cards: 4">
 {% for name, figure, under in cards %}
 <div><dt>{{ name }}</dt><dd class="figure">{{ figure }}</dd><dd class="under">{{ under }}</dd></div>
 {% endfor %}

@@ -195,7 +195,9 @@ def _comparison(run: Run, tokens: Mapping[int, int] | None) -> list[str]:
         original = reference.original_loss(seen)
         difference = original - last.val_loss
         if seen <= reference.ORIGINAL_TOKENS:
-            said = f"With as many tokens, the original example had {original:.2f}"
+            said = (
+                f"With as many tokens, the original example had about {original:.2f} (interpolated)"
+            )
         else:
             tokens_said = count(reference.ORIGINAL_TOKENS)
             said = f"The original example ended at {original:.2f} after {tokens_said} tokens"

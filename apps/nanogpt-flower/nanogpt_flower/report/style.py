@@ -58,7 +58,8 @@ nav { margin-top: 16px; font-size: 14px; display: flex; flex-wrap: wrap; gap: 4p
 .alert { border-left: 3px solid var(--bad); padding-left: 14px; margin-top: 22px; }
 
 .cards {
-  display: grid; grid-template-columns: repeat(5, 1fr); gap: 1px; margin: 30px 0 0; padding: 0;
+  display: grid; grid-template-columns: repeat(var(--cards, 5), 1fr); gap: 1px; margin: 30px 0 0;
+  padding: 0;
   background: var(--rule); border: 1px solid var(--rule); border-radius: 10px; overflow: hidden;
 }
 .cards > div { background: var(--card); padding: 16px 18px 15px; }
