@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nanogpt_flower.client_app import num_steps
 from nanogpt_flower.composition import parts
 from nanogpt_flower.settings import Settings
 from shakespeare_data import CharTokenizer, Corpus, DataError
@@ -39,12 +40,13 @@ def fit(
         return True
 
     if fits(settings.block_size):
-        tokens = settings.max_steps * settings.batch_size * settings.block_size
         divided = parts(settings, corpus, tokenizer, num_clients)
-        passes = tokens / min(len(part.train) for part in divided)
+        shortest = min(divided, key=lambda part: len(part.train))
+        steps = num_steps(settings, shortest)
+        passes = steps * settings.batch_size * settings.block_size / len(shortest.train)
         if passes <= MANY_PASSES or "max-steps" in chosen:
             return {}, []
-        steps = max(1, round(settings.max_steps * PASSES / passes))
+        steps = max(1, round(steps * PASSES / passes))
         return {}, [
             f"the smallest text of a client is read {passes:.0f} times a round, so the model may "
             f"learn it by heart; max-steps={steps} would read it about {PASSES} times"

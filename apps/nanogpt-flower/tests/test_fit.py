@@ -41,8 +41,8 @@ def test_a_note_says_how_often_a_small_text_is_read(corpus_of: Any) -> None:
     corpus = corpus_of("to be or not " * 400)
     changes, (note,) = fit(QUICK, corpus, 2, frozenset())
     assert changes == {}
-    # 200 steps of 12 windows of 64 characters, and a client's training text of 2,340 characters
-    assert "is read 66 times a round" in note
+    # A client has 2,340 characters to train, so 2,276 windows of 64 characters, 12 in each batch.
+    assert f"is read {190 * 12 * 64 / 2340:.0f} times a round" in note
     assert "max-steps=30 would read it about 10 times" in note
     assert fit(QUICK, corpus, 2, frozenset({"max-steps"})) == ({}, [])
 

@@ -355,10 +355,6 @@ def new_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_pip_installs_in_a_new_environment(
     command: str, new_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    if "apps/nanogpt-flower[" in command:
-        # An extra is added to an environment that has the app and its libraries.
-        (site,) = Path(new_environment["VIRTUAL_ENV"]).glob("lib/python*/site-packages")
-        (site / "installed.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     # Other versions than those of the tests can be large downloads.
     constrained = command.replace("pip install", "pip install -c constraints.txt", 1)
     call(constrained, REPOSITORY, tmp_path / "log", new_environment)
