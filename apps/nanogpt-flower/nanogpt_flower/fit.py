@@ -6,7 +6,7 @@ from typing import Any
 from nanogpt_flower.client_app import num_steps
 from nanogpt_flower.composition import parts
 from nanogpt_flower.settings import Settings
-from shakespeare_data import CharTokenizer, Corpus, DataError
+from shakespeare_data import CharTokenizer, Corpus, DataError, Partition
 
 SMALLEST_BLOCK = 8  # a model that sees fewer characters learns almost nothing
 MANY_PASSES = 30  # with more, a note is shown
@@ -31,17 +31,23 @@ def fit(
     settings = Settings.from_run_config(run_config)
     tokenizer = CharTokenizer.from_text(corpus.text)
 
-    def fits(block_size: int) -> bool:
+    def divided(block_size: int) -> Partition:
         changed = Settings.from_run_config({**run_config, "block-size": block_size})
+        return parts(changed, corpus, tokenizer, num_clients)
+
+    def fits(block_size: int) -> bool:
         try:
-            parts(changed, corpus, tokenizer, num_clients)
+            divided(block_size)
         except DataError:
             return False
         return True
 
-    if fits(settings.block_size):
-        divided = parts(settings, corpus, tokenizer, num_clients)
-        shortest = min(divided, key=lambda part: len(part.train))
+    try:
+        shortest = min(divided(settings.block_size), key=lambda part: len(part.train))
+    except DataError:
+        if "block-size" in chosen:
+            raise
+    else:
         steps = num_steps(settings, shortest)
         passes = steps * settings.batch_size * settings.block_size / len(shortest.train)
         if passes <= MANY_PASSES or "max-steps" in chosen:
@@ -51,10 +57,7 @@ def fit(
             f"the smallest text of a client is read {passes:.0f} times a round, so the model may "
             f"learn it by heart; max-steps={steps} would read it about {PASSES} times"
         ]
-    if "block-size" in chosen or not fits(SMALLEST_BLOCK):
-        smallest = settings.block_size if "block-size" in chosen else SMALLEST_BLOCK
-        changed = Settings.from_run_config({**run_config, "block-size": smallest})
-        parts(changed, corpus, tokenizer, num_clients)  # raises the error that says why
+    divided(SMALLEST_BLOCK)  # if the text is too small, this raises the error that says why
     fitting, too_large = SMALLEST_BLOCK, settings.block_size
     while too_large - fitting > 1:
         middle = (fitting + too_large) // 2
@@ -64,8 +67,7 @@ def fit(
         f"{corpus.name} has {len(corpus.text):,} characters, too few for {num_clients} clients "
         f"with block-size {settings.block_size}: block-size is {fitting} in this run"
     ]
-    changed = Settings.from_run_config({**run_config, **changes})
-    smallest_part = min(len(part.train) for part in parts(changed, corpus, tokenizer, num_clients))
+    smallest_part = min(len(part.train) for part in divided(fitting))
     steps = max(1, PASSES * smallest_part // (settings.batch_size * fitting))
     if "max-steps" not in chosen and not 0 < settings.max_steps <= steps:
         changes["max-steps"] = steps

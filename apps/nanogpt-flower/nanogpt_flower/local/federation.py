@@ -132,7 +132,7 @@ class Federation:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
             time.sleep(0.1)
-        raise LocalRunError(f"the SuperLink did not start: {self.logtail('superlink')}")
+        raise LocalRunError(f"the SuperLink did not start: {self.log_tail('superlink')}")
 
     def start_supernode(self, name: str, node_config: str, *, threads: int = 1) -> None:
         """Start a SuperNode in which PyTorch uses `threads` threads.
@@ -187,7 +187,7 @@ class Federation:
             while_running()
             for name, process in self._started.items():
                 if process is not flwr_run and process.poll() is not None:
-                    raise LocalRunError(f"{name} ended during the run: {self.logtail(name)}")
+                    raise LocalRunError(f"{name} ended during the run: {self.log_tail(name)}")
         while_running()
         if flwr_run.returncode:
             raise LocalRunError(f"`flwr run` did not start the run: {tail(log)}")
@@ -208,7 +208,7 @@ class Federation:
         newest = json.loads(listed.stdout)["runs"][0]
         return newest["status"], newest.get("status-details", "")
 
-    def logtail(self, name: str) -> str:
+    def log_tail(self, name: str) -> str:
         """Return the last lines of a program's log."""
         return tail(self.home / f"{name}.log")
 
