@@ -14,6 +14,9 @@ from flwr.app import ConfigRecord, Context, Message, MessageType
 SERVER_ROUND = "server-round"
 NUM_EXAMPLES = "num-examples"
 
+# Key of the config record, set in every message of a phase.
+MIN_REPLIES = "flower-adapter.min-replies"  # fewest replies from which the server takes a mean
+
 # Keys of the config record, set by a server that writes checkpoints.
 RUN = "flower-adapter.run"  # id of the first attempt of the run, the same after each resume
 ATTEMPTS = "flower-adapter.attempts"  # "4:1f0c…" for each resume: round before it, attempt id
@@ -21,8 +24,13 @@ ATTEMPTS = "flower-adapter.attempts"  # "4:1f0c…" for each resume: round befor
 # The record in a reply that names the client.
 CLIENT = "client"
 LABEL = "label"
+KEEPS_STATE = "keeps-state"  # True if the client keeps a state on disk for a resume
 LABEL_ACTION = "label"
 LABEL_QUERY = f"{MessageType.QUERY}.{LABEL_ACTION}"
+
+# The query that a server sends after the last round to each client that keeps a state on disk.
+END_ACTION = "end-of-run"
+END_QUERY = f"{MessageType.QUERY}.{END_ACTION}"
 
 # The record that describes compressed arrays. A client's context also uses this name, as the
 # prefix of two states: the model and the error feedback.
