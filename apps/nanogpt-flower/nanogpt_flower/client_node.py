@@ -42,7 +42,7 @@ def state_path(context: Context) -> Path | None:
     A simulated client takes it from the run config, and has a directory of its own in there.
     """
     if is_simulated():
-        directory = str(context.run_config["client-state"])
+        directory = str(context.run_config.get("client-state", ""))
         return Path(directory) / text_name(context) if directory else None
     directory = str(context.node_config.get("state-path", ""))
     return Path(directory).expanduser().absolute() if directory else None
