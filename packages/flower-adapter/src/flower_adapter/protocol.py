@@ -43,6 +43,8 @@ COMPRESSION = "flower-adapter.compression"
 COMPRESSION_VERSION = 1
 _COMPRESSED = "flower-adapter/"  # how the `stype` of a compressed array begins
 
+REPLY_RECORDS = frozenset({CLIENT, COMPRESSION})  # the config records that a reply may hold
+
 # In a client's context: the name of the state with the trained arrays and the buffers that the
 # client does not share.
 PERSONAL = "flower-adapter.personal"
@@ -152,6 +154,20 @@ def label_of(reply: Message) -> str | None:
     return label if isinstance(label, str) else None
 
 
+def keeps_state(reply: Message) -> bool:
+    """Tell whether a reply says that its client keeps a state on disk."""
+    record = reply.content.config_records.get(CLIENT)
+    return record is not None and record.get(KEEPS_STATE) is True
+
+
 def config_of(message: Message) -> ConfigRecord:
     """Return the server's config from a message, or an empty record if there is none."""
-    return next(iter(message.content.config_records.values()), ConfigRecord())
+    return config_item(message)[1]
+
+
+def config_item(message: Message) -> tuple[str, ConfigRecord]:
+    """Return the key and the record of the server's config in a message.
+
+    If there is none, return the key "config", which Flower's strategies use, and an empty record.
+    """
+    return next(iter(message.content.config_records.items()), ("config", ConfigRecord()))
