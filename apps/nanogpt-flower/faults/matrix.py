@@ -167,18 +167,22 @@ def attempt(fault: Fault) -> Result:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TookTooLong` in the main thread if the context lasts longer."""
+    """Raise `TookTooLong` in the main thread if the context lasts longer. Limits can be nested."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise TookTooLong(f"not ended after {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    started = time.monotonic()
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if left:
+            passed = time.monotonic() - started
+            signal.setitimer(signal.ITIMER_REAL, max(0.01, left - passed))
 
 
 def run_faults(faults: Iterable[Fault], console: Console) -> list[Result]:

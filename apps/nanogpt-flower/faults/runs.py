@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from flwr.app import Context, RecordDict
-from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -219,7 +218,7 @@ def run(
     of: int = len(ALL),
     answer: Answer = honest,
     delay: Mapping[int, float] | None = None,
-    app: ClientApp = client_app,
+    clients: Mapping[int, Client] | None = None,
     name: str = "run",
     resume: bool = False,
     **changes: Any,
@@ -232,7 +231,7 @@ def run(
         of: number of parts into which the text is divided.
         answer: what the clients send, see `Answer`.
         delay: seconds until the reply of a client can be pulled, by number.
-        app: the ClientApp of all clients.
+        clients: the clients by number, in place of new ones.
         name: name of the run.
         resume: True resumes the run of this name. As after a restart, the clients have new
             contexts, and the run has a new id.
@@ -242,9 +241,7 @@ def run(
     if resume:
         given["resume-from"] = str(directory / name)
     config = settings(given | {key.replace("_", "-"): value for key, value in changes.items()})
-    clients = new_clients(directory, numbers, of=of)
-    for client in clients.values():
-        client.app = app
+    clients = clients or new_clients(directory, numbers, of=of)
     run_id = next(_run_ids)
     grid = WireGrid(clients, config, answer=answer, delay=delay, run_id=run_id)
     error = None
