@@ -181,6 +181,41 @@ def test_pauses_grow_while_the_superlink_has_no_message_and_begin_anew_with_each
     assert slept[-2:] == [0.02, 0.1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not fork")
+def test_a_copy_of_a_process_that_has_imported_everything_computes_as_a_new_process() -> None:
+    compute = (
+        "import os, threading, torch\n"
+        "from nanogpt_flower.deployment.flower import import_everything\n"
+        "import_everything()\n"
+        "assert not torch.cuda.is_initialized() and threading.active_count() == 1\n"
+        "{fork}"
+        "torch.manual_seed(0)\n"
+        "model = torch.nn.Linear(512, 512)\n"
+        "optimizer = torch.optim.AdamW(model.parameters())\n"
+        "with torch.autocast('cpu', torch.bfloat16):\n"
+        "    loss = model(torch.randn(512, 512)).square().mean()\n"
+        "loss.backward(); optimizer.step()\n"
+        "print(torch.get_num_threads(), model(torch.ones(1, 512)).sum().item(), flush=True)\n"
+    )
+    fork = (
+        "if (child := os.fork()):\n"
+        "    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", compute.format(fork=forked)],
+            env=os.environ | {"OMP_NUM_THREADS": "2"},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        for forked in ("", fork)
+    ]
+    assert len(printed[0].split()) == 2
+    assert printed[0] == printed[1]
+
+
 class Deployment:
     """A server and two nodes on this machine, which are three parties."""
 
