@@ -238,7 +238,10 @@ def simulate(session: nox.Session) -> None:
 
 @nox.session
 def deploy(session: nox.Session) -> None:
-    """Train on real local SuperNodes. Arguments: [quick|full] [key=value ...] [--clients N]."""
+    """Train on local SuperNodes with TLS, keys and a proxy if nginx is installed.
+
+    Arguments: [quick|full] [key=value ...] [--clients N].
+    """
     federate(session, "--deploy")
 
 

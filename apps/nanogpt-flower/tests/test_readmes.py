@@ -18,7 +18,7 @@ import sysconfig
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ import torch
 from readmes import READMES, REPOSITORY, all_commands, blocks
 
 from nanogpt_flower.cli import main
+from nanogpt_flower.deployment.credentials import nginx
 from nanogpt_flower.interrupts import ENDING_SIGNALS
 from nanogpt_flower.local import launch
 from nanogpt_flower.local.federation import free_port
@@ -74,7 +75,9 @@ RULES = [  # the first rule that matches applies
     Rule(r"nanogpt-flower resume latest$", SHELL, "num-server-rounds=9"),
     Rule(r"nanogpt-flower resume ", SHELL),
     Rule(r"nanogpt-flower --install-completion$", SHELL),
-    Rule(r"flwr run \S+ local-deployment", DEPLOYMENT, CONFIG),
+    Rule(r"nanogpt-flower (credentials|node) ", DEPLOYMENT),
+    Rule(r"FLWR_HOME=\S+ flwr run ", DEPLOYMENT, CONFIG),
+    Rule(r"FLWR_HOME=\S+ (flower-superexec|flwr supernode register) ", DEPLOYMENT),
     Rule(
         r"flwr run .*\.toml$",
         SHELL,
@@ -89,7 +92,7 @@ RULES = [  # the first rule that matches applies
     Rule(r"flwr run ", SHELL, CONFIG),
     Rule(r"shakespeare-data partition .*--corpus", SHELL),
     Rule(r"shakespeare-data partition ", DEPLOYMENT, "--corpus my.txt"),
-    Rule(r"flower-(superlink|supernode) ", DEPLOYMENT),
+    Rule(r"(nginx|flower-superlink) ", DEPLOYMENT),
     Rule(r"python packages/gpt-core/benchmarks/gpu\.py$", SHELL, "--dry-run"),
     Rule(r"pip install ", PIP),
     Rule(r"nox -l$", NOX),
@@ -309,33 +312,56 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def deployment_commands() -> list[str]:
+    return [c for c in COMMANDS if (rule := rule_of(c)) and rule.way == DEPLOYMENT]
+
+
+def test_the_commands_of_a_deployment_are_those_that_credentials_prints(
+    room: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(room)
+    made, *others = deployment_commands()
+    options = [*shlex.split(made)[1:-1], "printed"]
+    assert main(options) == 0
+    printed = capsys.readouterr().out.replace("printed/", "credentials/")
+    commands = [re.sub(r"^\S*/nginx ", "nginx ", line.strip()) for line in printed.splitlines()]
+    data = r"--data \S+"
+    expected = [re.sub(data, "--data DIRECTORY", c) for c in others if "partition" not in c]
+    assert set(expected) <= set(commands)
+
+
+def two_free_ports() -> tuple[int, int]:
+    """Return two free ports, of which the second follows the first."""
+    while listens((port := free_port()) + 1):
+        pass
+    return port, port + 1
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(nginx() is None, reason="nginx is not installed")
 def test_the_commands_of_a_deployment_run_together(
     room: Path, shell: dict[str, str], tmp_path: Path
 ) -> None:
-    commands = [c for c in COMMANDS if (rule := rule_of(c)) and rule.way == DEPLOYMENT]
-    partition, superlink, *supernodes, run = (changed(c, room) for c in commands)
-    (config,) = blocks(f"{APP}/README.md", "toml")
-    ports = {port: str(free_port()) for port in ("9092", "9094", "9095")}
+    outside, inside = two_free_ports()
+    shell["PATH"] += f"{os.pathsep}{Path(str(nginx())).parent}"
 
-    def ported(text: str) -> str:
-        for port, free in ports.items():
-            text = re.sub(rf"\b{port}\b", free, text)
-        return text
+    def adapted(command: str) -> str:
+        here = changed(command, room).replace("9093", str(inside))
+        return here.replace("gpt.example.org", f"127.0.0.1 --port {outside}")
 
-    (tmp_path / "flwr").mkdir()
-    (tmp_path / "flwr" / "config.toml").write_text(ported(config.text), encoding="utf-8")
-    call(partition, room, tmp_path / "log", shell)
+    in_background = ("nginx ", "flower-superlink ", "nanogpt-flower node ")
     before = {found.path for found in all_runs(room / "runs")}
-    with background(ported(superlink), room, tmp_path / "superlink", shell):
-        while not listens(int(ports["9092"])):
-            time.sleep(0.1)
-        first, second = (
-            background(ported(supernode), room, tmp_path / f"supernode-{number}", shell)
-            for number, supernode in enumerate(supernodes)
-        )
-        with first, second:
-            call(run, room, tmp_path / "log", shell)
+    with ExitStack() as started:
+        for number, command in enumerate(map(adapted, deployment_commands())):
+            log = tmp_path / f"{number}.log"
+            if command.startswith(in_background) or "flower-superexec" in command:
+                started.enter_context(background(command, room, log, shell))
+                deadline = time.monotonic() + 60
+                while "superlink" in command and not listens(inside):
+                    assert time.monotonic() < deadline, log.read_text(encoding="utf-8")
+                    time.sleep(0.1)
+            else:
+                call(command, room, log, shell)
     (new,) = {found.path for found in all_runs(room / "runs")} - before
     assert len((new / "clients.jsonl").read_text(encoding="utf-8").splitlines()) == 2
     assert (new / "sample.txt").exists()

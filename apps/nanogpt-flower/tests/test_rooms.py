@@ -1,6 +1,7 @@
 """The rooms of the repository: who may import whom."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,19 @@ def test_private_modules_of_flower_are_imported_in_one_file_alone() -> None:
         }
         private = modules_only - {*public, "flwr.serverapp.strategy.strategy"}
         assert path == "_flwr.py" or not private, (path, private)
+
+
+def test_the_app_imports_private_modules_of_flower_in_one_file_alone() -> None:
+    public = {f"flwr.{name}" for name in ("app", "clientapp", "serverapp", "serverapp.strategy")}
+    directory = REPOSITORY / "apps/nanogpt-flower/nanogpt_flower"
+    for file in directory.rglob("*.py"):
+        private = re.findall(
+            r"flwr\.(?:supercore|supernode|superlink|common|cli|proto|server)\b",
+            (file.read_text(encoding="utf-8")),
+        )
+        modules = {m for m in imported_modules(file) if m.split(".")[0] == "flwr"}
+        others = {m for m in modules if not any(m == p or m.startswith(f"{p}.") for p in public)}
+        assert file.name == "flower.py" or not (private or others), file
 
 
 def test_keys_of_the_protocol_are_spelled_in_one_file_alone() -> None:

@@ -87,8 +87,7 @@ http {{
     ssl_protocols TLSv1.2 TLSv1.3;
 
     server {{
-        listen {port} ssl;
-        {listen_ipv6}
+        listen {listen} ssl;
 
         location / {{ return 403; }}
 
@@ -261,8 +260,7 @@ def make_credentials(
     _write(
         made.server / "nginx.conf",
         NGINX.format(
-            port=port,
-            listen_ipv6=f"listen [::]:{port} ssl;" if host.count(":") else "",
+            listen=_listen(host, port),
             superlink_port=superlink_port,
             connections=16 + 4 * supernodes,  # all SuperNodes may have one address
             paths="|".join(FLEET_PATHS),
@@ -312,6 +310,17 @@ def _checked_address(host: str, port: int) -> str:
             ) from None
         version = 4
     return f"[{host}]:{port}" if version == 6 else f"{host}:{port}"
+
+
+def _listen(host: str, port: int) -> str:
+    """Return where the proxy listens: on every address of the server, unless the host is local."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return str(port)
+    if address.version == 6:
+        return f"[::1]:{port}" if address.is_loopback else f"[::]:{port}"
+    return f"{host}:{port}" if address.is_loopback else str(port)
 
 
 def _make_certificates(server: Path, host: str, expires: datetime.datetime) -> str:

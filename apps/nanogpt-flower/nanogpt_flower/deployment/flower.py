@@ -199,12 +199,21 @@ def run_supernode() -> None:
     importlib.import_module("flwr.supernode.cli").flower_supernode()
 
 
-def run_executor(digests: Collection[str]) -> None:
-    """Run Flower's SuperExec with an executor that answers with the installed ClientApp."""
-    # No message then waits for an import. The first optimizer of a process imports a part of torch.
+def import_everything() -> None:
+    """Import all that a message needs, so that no message waits for an import.
+
+    This process must not compute and must not use a GPU. A copy of it could then use neither the
+    threads of PyTorch nor CUDA.
+    """
     importlib.import_module("nanogpt_flower.client_app")
     importlib.import_module(CLIENTAPP)
+    # The first optimizer of a process imports a part of torch.
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+
+
+def run_executor(digests: Collection[str]) -> None:
+    """Run Flower's SuperExec with an executor that answers with the installed ClientApp."""
+    import_everything()
     superexec: Any = importlib.import_module(SUPEREXEC)
     superexec.get_executor = lambda *_, **__: ForkingExecutor(digests)
     importlib.import_module("flwr.supercore.cli").flower_superexec()
