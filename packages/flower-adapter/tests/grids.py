@@ -97,9 +97,26 @@ BAD_REPLIES: dict[str, tuple[RecordDict, str]] = {
     "other dtype": (with_arrays(w=np.zeros(2)), "w is float64 (2,), should be float32 (2,)"),
     "header": (with_header(b"{[]: 1}"), "w has the header '{[]: 1}"),
     "header without end": (with_header(b"(((("), "w has the header '(((("),
-    "other dtype than declared": (declared(dtype="int64"), "w says int64 (2,), but holds float32"),
-    "unknown dtype declared": (declared(dtype="garbage"), "w says garbage (2,), but holds"),
-    "other shape than declared": (declared(shape=(7, 7)), "w says float32 (7, 7), but holds"),
+    "other dtype declared": (declared(dtype="int64"), "w is int64 (2,), should be float32 (2,)"),
+    "unknown dtype declared": (declared(dtype="garbage"), "w is garbage (2,), should be"),
+    "other shape declared": (declared(shape=(7, 7)), "w is float32 (7, 7), should be float32 (2,)"),
+    "other dtype than declared": (
+        declared(data=Array(np.zeros(2, np.int64)).data),
+        "w says float32 (2,), but holds int64 (2,)",
+    ),
+    "other shape than declared": (
+        declared(data=Array(np.zeros(7, np.float32)).data),
+        "w says float32 (2,), but holds float32 (7,)",
+    ),
+    "integer too large": (
+        with_arrays(n=np.array(2**53 + 1)),
+        "n holds 9007199254740993, should be at most 2^53 in magnitude",
+    ),
+    "integer too small": (with_arrays(n=np.array(-(2**62))), "n holds -4611686018427387904"),
+    "foreign record": (
+        RecordDict({**good(), "more": ConfigRecord({"x": 1})}),
+        "holds the ConfigRecord 'more', should not",
+    ),
     "truncated": (truncated(), "w holds 7 bytes, should hold 8"),
     "no arrays": (without("arrays"), "holds 0 ArrayRecords, should hold one"),
     "two records of arrays": (
@@ -110,9 +127,11 @@ BAD_REPLIES: dict[str, tuple[RecordDict, str]] = {
     "no weight": (with_metrics(loss=2.0), "num-examples is missing from the metrics"),
     "weight zero": (
         with_metrics(num_examples=0),
-        "num-examples is 0, should be a positive number",
+        "num-examples is 0, should be a whole number from 1 to 2^53",
     ),
     "weight too large": (with_metrics(num_examples=2.0**54), "num-examples is 1.8"),
+    "weight not whole": (with_metrics(num_examples=1.5), "num-examples is 1.5, should be a whole"),
+    "weight tiny": (with_metrics(num_examples=5e-324), "num-examples is 5e-324, should be a whole"),
     "weight negative": (with_metrics(num_examples=-1), "num-examples is -1"),
     "weight nan": (with_metrics(num_examples=float("nan")), "num-examples is nan"),
     "weight inf": (with_metrics(num_examples=float("inf")), "num-examples is inf"),
@@ -120,6 +139,22 @@ BAD_REPLIES: dict[str, tuple[RecordDict, str]] = {
     "metric nan": (
         with_metrics(num_examples=1, loss=float("nan")),
         "loss is nan, should be finite",
+    ),
+    "metric near the largest double": (
+        with_metrics(num_examples=1, loss=1.7e308),
+        "loss is 1.7e+308, should be finite and at most 1e+100 in magnitude",
+    ),
+    "too many metrics": (
+        with_metrics(num_examples=1, **{f"m{k}": 0.5 for k in range(100)}),
+        "holds 101 metrics, should hold at most 100",
+    ),
+    "long list": (
+        with_metrics(num_examples=1, losses=[0.5] * 1001),
+        "losses is a list of 1001, should have at most 1000 values",
+    ),
+    "name with a control character": (
+        RecordDict({**good(), "metrics": MetricRecord({"num-examples": 1, "\x1b[2J": 0.5})}),
+        "a metric is named '\\x1b[2J', should be 1 to 100 printable characters",
     ),
     "metric list with inf": (
         with_metrics(num_examples=1, losses=[1.0, float("inf")]),
@@ -141,8 +176,12 @@ class Answering(LocalGrid):
         answer = self.answer(message, self.partition(message.metadata.dst_node_id))
         if isinstance(answer, Error):
             return Message(answer, reply_to=message)
-        # A copy, so that no run can change what the next one gets.
-        records = {key: type(record)(dict(record)) for key, record in answer.items()}
+        # A copy, so that no run can change what the next one gets. An evaluate reply has no arrays.
+        records = {
+            key: type(record)(dict(record))
+            for key, record in answer.items()
+            if message.metadata.message_type == "train" or not isinstance(record, ArrayRecord)
+        }
         return Message(RecordDict(records), reply_to=message)
 
 

@@ -43,6 +43,7 @@ from flower_adapter import (
     DiskState,
     Guard,
     OuterOptimizer,
+    Refusal,
     RoundFailed,
     RoundRecord,
     StreamingFedAvg,
@@ -55,7 +56,12 @@ from flower_adapter import (
     torch_client_app,
 )
 from flower_adapter.packing import pack
-from flower_adapter.server.checkpoints import list_checkpoints, read_checkpoint, round_of
+from flower_adapter.server.checkpoints import (
+    _summary_text,
+    list_checkpoints,
+    read_checkpoint,
+    round_of,
+)
 from flower_adapter.server.strategy_state import STATE_ATTRIBUTES, with_inner
 from flower_adapter.testing import LocalGrid
 
@@ -69,7 +75,7 @@ Watch = Callable[[str, int, int], None]  # is called with phase, partition and r
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
-class CutOff(Exception):
+class CutOff(BaseException):
     """Ends a run as a crash would. No client and no strategy catches it."""
 
 
@@ -148,7 +154,7 @@ def client_app(
             return {"num-examples": 8, "client-loss": loss_of(model, partition, 0).item()}
 
     if state is not None:
-        mods = [DiskState(state), *mods]
+        mods = [DiskState(state, keep_ended=True), *mods]
     return torch_client_app(lambda config, context: shared_model(), train, evaluate, mods=mods)
 
 
@@ -363,17 +369,17 @@ MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "before a client's state is written": (
         flower_adapter.client.disk,
         "write_file",
-        lambda path, *_: path.match(f"partition 0001/*/.round-{CUT:06d}*"),
+        lambda path, *_: path.match(f"runs/*/.round-{CUT:06d}*"),
     ),
     "before a client's state is moved": (
         Path,
         "replace",
-        lambda path, _: path.match(f"partition 0001/*/.round-{CUT:06d}*"),
+        lambda path, _: path.match(f"runs/*/.round-{CUT:06d}*"),
     ),
     "after a client's state is moved": (
         flower_adapter.client.disk,
         "sync",
-        lambda path: path.match("partition 0001/*") and any(path.glob(f"round-{CUT:06d}*")),
+        lambda path: path.match("runs/*") and any(path.glob(f"round-{CUT:06d}*")),
     ),
 }
 
@@ -517,7 +523,7 @@ def test_a_changed_setting_counts_after_a_resume(tmp_path: Path) -> None:
 def test_failed_rounds_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> None:
     def watch(phase: str, partition: int, server_round: int) -> None:
         if phase == "train" and server_round in (3, 4):
-            raise ValueError("ill")
+            raise Refusal("data", "ill")
 
     def stop(record: RoundRecord) -> None:
         if record.server_round == 3:
@@ -532,7 +538,7 @@ def test_failed_rounds_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> N
         start(parts(), app, on_round=stop, checkpoints=Checkpoints(tmp_path))
     failed = read_checkpoint(tmp_path).records[3]
     assert failed.failures == ["train: 0 good of 3 replies, needs 1"]
-    assert [left.reason for left in failed.left_out] == ["ValueError: ill"] * 3
+    assert [left.reason for left in failed.left_out] == ["data: ill"] * 3
     assert failed.train_metrics is None
     with pytest.raises(RoundFailed, match="train round 4: 0 good of 3 replies"):
         start(parts(), app, checkpoints=Checkpoints(tmp_path, resume=True))
@@ -569,7 +575,7 @@ def test_on_round_gets_each_record_after_its_checkpoint_is_written(tmp_path: Pat
 def test_on_round_gets_the_earlier_records_first_after_a_resume(name: str, tmp_path: Path) -> None:
     def watch(phase: str, partition: int, server_round: int) -> None:
         if (phase, partition, server_round) == ("train", 1, 2):
-            raise ValueError("ill")
+            raise Refusal("data", "ill")
 
     def records_of(resume: bool, directory: Path, evaluate_fn: EvaluateFn) -> list[RoundRecord]:
         records: list[RoundRecord] = []
@@ -767,10 +773,10 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_whole(
             monkeypatch.setattr(Path, "write_text", write_text)
         return server_loss(server_round, arrays)
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RoundFailed, match=r"checkpoint round 4: .*No space left") as caught:
         run(tmp_path, name=NO_CLIENTS, evaluate_fn=fill)
-    whole = {path: data for path, data in contents(tmp_path).items() if ".partial" not in path}
-    assert whole == before
+    assert caught.value.__cause__ is full
+    assert contents(tmp_path) == before  # nothing of the failed write takes space
     assert read_checkpoint(tmp_path).server_round == CUT - 1
 
 
@@ -787,11 +793,74 @@ def truncated_sizes(name: str, whole: bytes) -> set[int]:
 def test_a_truncated_file_is_refused_at_every_size(name: str, tmp_path: Path) -> None:
     run(tmp_path, rounds=1)
     path = tmp_path / "round-000001" / name
-    whole = path.read_bytes().rstrip()
+    whole = path.read_bytes()
     for size in truncated_sizes(name, whole):
         path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match="round-000001 is damaged"):
-            run(tmp_path, resume=True)
+            read_checkpoint(path.parent)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_noticed_wherever_it_is(name: str, tmp_path: Path) -> None:
+    run(tmp_path, rounds=1)
+    path = tmp_path / "round-000001" / name
+    whole = path.read_bytes()
+    chance = random.Random(0)
+    places = range(8 * len(whole)) if name == "round.json" else range(0, 8 * len(whole), 97)
+    for place in chance.sample(places, min(300, len(places))):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="round-000001"):
+            read_checkpoint(path.parent)
+    path.write_bytes(whole)
+    assert read_checkpoint(path.parent).server_round == 1
+
+
+@pytest.mark.parametrize("text", ["[]", "1", "null", '"x"', "{}", "[" * 100_000, "\x00"])
+def test_a_round_file_of_another_kind_is_damaged(text: str, tmp_path: Path) -> None:
+    run(tmp_path, rounds=1)
+    (tmp_path / "round-000001" / "round.json").write_text(text)
+    with pytest.raises(CheckpointError, match="round-000001 is damaged"):
+        read_checkpoint(tmp_path / "round-000001")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_run_goes_on_from_the_newest_sound_checkpoint(
+    name: str, tmp_path: Path, flower_log: pytest.LogCaptureFixture
+) -> None:
+    expected = run(tmp_path / "whole", name=NO_CLIENTS)
+    run(tmp_path / "cut", name=NO_CLIENTS, rounds=3)
+    path = tmp_path / "cut" / "round-000003" / name
+    damaged = path.read_bytes()[:-1]
+    path.write_bytes(damaged)
+    assert outcome(run(tmp_path / "cut", name=NO_CLIENTS, resume=True)) == outcome(expected)
+    assert f"{path.parent} is damaged" in flower_log.text
+    assert "the run goes on from" in flower_log.text
+    aside = tmp_path / "cut" / ".damaged-round-000003" / name
+    assert aside.read_bytes() == damaged
+    assert read_checkpoint(path.parent).server_round == 3
+
+
+def test_a_directory_of_damaged_checkpoints_alone_is_refused_and_stays(tmp_path: Path) -> None:
+    run(tmp_path, rounds=1)
+    for place in tmp_path.glob("round-*"):
+        (place / "round.json").write_text("{}")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"round-000001 is damaged.*round-000000 is damaged"):
+        run(tmp_path, resume=True)
+    assert contents(tmp_path) == before
+
+
+def test_the_state_with_the_secret_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
+    run(tmp_path, rounds=1)
+    secret = read_checkpoint(tmp_path).secret
+    assert len(bytes.fromhex(secret)) == 32
+    files = list((tmp_path / "round-000001").iterdir())
+    assert [path.name for path in files if secret.encode() in path.read_bytes()] == [
+        "state.safetensors"
+    ]
+    assert (tmp_path / "round-000001" / "state.safetensors").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
@@ -803,14 +872,19 @@ def test_a_checkpoint_without_one_of_its_files_is_damaged(
     run(old, rounds=1)
     (old / "round-000001" / name).unlink()
     with pytest.raises(CheckpointError, match=f"round-000001.*{name}"):
-        run(tmp_path / "new" if elsewhere else old, resume=old)
+        run(tmp_path / "new" if elsewhere else old, resume=old / "round-000001")
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     run(tmp_path, rounds=1)
     path = tmp_path / "round-000001" / "round.json"
-    path.write_text(path.read_text().replace('"format": 3', '"format": 99'))
-    with pytest.raises(CheckpointError, match="has format 99, should have format 3"):
+    summary = json.loads(path.read_text())
+    del summary["sha256"]
+    path.write_text(json.dumps({**summary, "format": 3}))
+    with pytest.raises(CheckpointError, match="has format 3, should have format 4: an older"):
+        read_checkpoint(tmp_path)
+    path.write_text(_summary_text({**summary, "format": 99}))
+    with pytest.raises(CheckpointError, match="has format 99, should have format 4"):
         read_checkpoint(tmp_path)
 
 
@@ -1093,9 +1167,20 @@ def one_tree(value: int) -> ArrayRecord:
     return ArrayRecord([np.frombuffer(json.dumps(booster).encode(), np.uint8)])
 
 
+def past_queries(mod: Mod) -> Mod:
+    """Return a mod that queries pass by. Flower's clipping mods refuse messages without arrays."""
+
+    def passed(message: Message, context: Context, call_next: Any) -> Message:
+        if message.metadata.message_type.startswith("query"):
+            return call_next(message, context)
+        return mod(message, context, call_next)
+
+    return passed
+
+
 CLIPPING_MODS: dict[str, Mod] = {
-    "ClientSideFixed": fixedclipping_mod,
-    "ClientSideAdaptive": adaptiveclipping_mod,
+    "ClientSideFixed": past_queries(fixedclipping_mod),
+    "ClientSideAdaptive": past_queries(adaptiveclipping_mod),
 }
 
 

@@ -1,6 +1,6 @@
 import re
 from dataclasses import FrozenInstanceError
-from statistics import median_high
+from statistics import median_high, median_low
 from typing import Any
 
 import numpy as np
@@ -11,20 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flower_adapter import Guard
+from flower_adapter.server.guard import Update, scale_update, update_norm
 
 SENT = record(**GLOBAL)
 
 
 def check(reply: RecordDict, weight_key: str = "num-examples") -> float:
-    return Guard().check(reply, weight_key, SENT)
+    return Guard().check(reply, weight_key, SENT).norm
 
 
 def left_out(*norms: float, **settings: Any) -> set[int]:
-    return set(Guard(**settings).outliers(norms, [1.0] * len(norms)))
+    return set(Guard(**settings).outliers([Update(norm, 0.0) for norm in norms]))
 
 
-def overweight(*weights: float, **settings: Any) -> set[int]:
-    return set(Guard(**settings).outliers([1.0] * len(weights), weights))
+def changed(*changes: float) -> dict[int, str]:
+    """Return the reason for each reply that is left out because of its integers."""
+    return Guard().outliers([Update(1.0, change) for change in changes])
 
 
 @pytest.mark.parametrize("kind", BAD_REPLIES)
@@ -55,7 +57,7 @@ def test_the_norm_of_an_update_is_that_of_numpy_over_all_floats() -> None:
     trained["on"] = np.array([True, True])
     changes = [(trained[name] - sent[name]).ravel() for name in "abc"]
     reply = RecordDict({**good(), "arrays": record(**trained)})
-    norm = Guard().check(reply, "num-examples", record(**sent))
+    norm = Guard().check(reply, "num-examples", record(**sent)).norm
     assert norm == pytest.approx(np.linalg.norm(np.concatenate(changes)), rel=1e-6)
 
 
@@ -66,7 +68,7 @@ def test_an_update_too_long_for_a_square_in_single_precision_has_its_norm() -> N
 def test_an_update_whose_difference_overflows_its_dtype_has_its_norm() -> None:
     sent = record(w=np.array([-60_000, 0], np.float16), n=np.array(3))
     reply = with_arrays(w=np.array([60_000, 0], np.float16))
-    norm = Guard().check(reply, "num-examples", sent)
+    norm = Guard().check(reply, "num-examples", sent).norm
     assert norm == pytest.approx(120_000, rel=1e-3)
 
 
@@ -95,7 +97,12 @@ def test_a_bad_evaluate_reply_is_refused_with_the_reason(kind: str) -> None:
 
 def test_an_evaluate_reply_needs_no_arrays_and_has_norm_zero() -> None:
     metrics = MetricRecord({"num-examples": 1, "loss": 0.5})
-    assert Guard().check(RecordDict({"metrics": metrics}), "num-examples", None) == 0.0
+    assert Guard().check(RecordDict({"metrics": metrics}), "num-examples", None) == (0.0, 0.0)
+
+
+def test_an_evaluate_reply_with_arrays_is_refused() -> None:
+    with pytest.raises(ValueError, match="holds 1 ArrayRecords, should hold none"):
+        Guard().check(good(), "num-examples", None)
 
 
 def test_a_check_does_not_change_the_reply() -> None:
@@ -126,7 +133,7 @@ def test_a_guard_needs_sensible_numbers(arguments: dict[str, Any], message: str)
 
 def test_a_guard_is_its_settings_and_nothing_else() -> None:
     guard = Guard(min_replies=2)
-    guard.outliers([1.0, 1.0, 1e6], [1.0, 1e6, 1.0])
+    guard.outliers([Update(norm, 0.0) for norm in (1.0, 1.0, 1e6)])
     with pytest.raises(ValueError, match="holds 0"):
         guard.check(without("metrics"), "tokens", SENT)
     assert guard == Guard(min_replies=2)
@@ -140,7 +147,7 @@ def test_an_update_a_thousand_times_the_others_is_an_outlier_wherever_it_stands(
 ) -> None:
     norms = [1.0] * 7
     norms[place] = 1000.0
-    assert Guard().outliers(norms, [1.0] * 7) == {
+    assert Guard().outliers([Update(norm, 0.0) for norm in norms]) == {
         place: "its update has norm 1000, should be at most 100 times 1, the median of the others"
     }
 
@@ -205,19 +212,105 @@ def test_each_norm_is_compared_with_the_median_of_the_others(norms: list[float])
 
 
 @pytest.mark.parametrize("place", range(5))
-def test_a_client_that_claims_far_more_examples_than_the_others_is_an_outlier(place: int) -> None:
-    weights = [1e3] * 5
-    weights[place] = 1e7
-    assert Guard().outliers([1.0] * 5, weights) == {
-        place: "its weight is 1e+07, should be at most 1000 times 1000, the median of the others"
+def test_a_weight_far_above_the_median_is_reduced_to_ten_times_the_median(place: int) -> None:
+    weights: list[float] = [1000] * 5
+    weights[place] = 10**7
+    expected = [1000] * 5
+    expected[place] = 10_000
+    assert Guard().weights(weights) == expected
+
+
+def test_of_two_weights_the_lower_one_is_the_median_and_none_lets_every_weight_pass() -> None:
+    assert Guard().weights([1, 10**9]) == [1, 10]
+    assert Guard().weights([10**9]) == [10**9]
+    assert Guard().weights([]) == []
+    assert Guard().weights([3.0, 2.0**40]) == [3.0, 30.0]
+    assert Guard(max_weight_ratio=None).weights([1, 1, 10**9]) == [1, 1, 10**9]
+    assert Guard(max_weight_ratio=2.5).weights([3, 3, 9]) == [3, 3, 7]
+
+
+@given(st.lists(st.integers(1, 2**53), min_size=1, max_size=9))
+def test_no_weight_counts_more_than_ten_times_the_lower_median(weights: list[int]) -> None:
+    counts = Guard().weights(weights)
+    bound = 10 * median_low(weights)
+    assert counts == [min(weight, bound) for weight in weights]
+    assert all(type(count) is int for count in counts)
+
+
+def test_an_update_above_three_times_the_median_is_scaled_down_to_it() -> None:
+    assert Guard().scales([1.0, 1.0, 4.0]) == [1.0, 1.0, 0.75]
+    assert Guard().scales([1.0, 1.0, 3.0]) == [1.0] * 3
+    assert Guard().scales([1.0, 1.0, 6.0, 6.0]) == [1.0, 1.0, 0.5, 0.5]
+    assert Guard(clip_norm_ratio=None).scales([1.0, 1.0, 99.0]) == [1.0] * 3
+
+
+def test_scaling_needs_three_updates_that_moved() -> None:
+    assert Guard().scales([1.0, 50.0]) == [1.0, 1.0]
+    assert Guard().scales([0.0, 1.0, 50.0]) == [1.0] * 3
+    assert Guard().scales([0.0, 1.0, 1.0, 50.0]) == [1.0, 1.0, 1.0, 3 / 50]
+
+
+def test_a_scaled_update_has_exactly_its_new_length_and_the_same_direction() -> None:
+    chance = np.random.default_rng(1)
+    sent = record(
+        w=chance.normal(size=(3, 4)).astype(np.float32),
+        c=np.array([1 + 1j], np.complex64),
+        n=np.array(3),
+    )
+    arrays = record(
+        w=chance.normal(size=(3, 4)).astype(np.float32),
+        c=np.array([2 - 3j], np.complex64),
+        n=np.array(9),
+    )
+    before = {name: arrays[name].numpy() - sent[name].numpy() for name in sent}
+    norm = update_norm(arrays, sent)
+    scale_update(arrays, sent, 0.25)
+    assert update_norm(arrays, sent) == pytest.approx(norm / 4, rel=1e-5)
+    for name in ("w", "c"):
+        moved = arrays[name].numpy() - sent[name].numpy()
+        np.testing.assert_allclose(moved, before[name] / 4, rtol=1e-4, atol=1e-6)
+    assert arrays["n"].numpy() == 9
+
+
+def test_a_far_too_large_change_of_an_integer_is_an_outlier() -> None:
+    assert changed(50, 50, 5000, 40) == {}
+    assert changed(50, 50, 5001, 40) == {
+        2: "an integer has changed by 5001, should be at most 100 times 50, the median of the "
+        "others"
+    }
+    assert set(changed(0, 0, 2**53)) == {2}  # nobody else has changed an integer
+    assert changed(0, 0, 100) == {}
+    assert changed(0, 2**53) == {}  # two replies cannot show which one is wrong
+
+
+def test_the_largest_change_of_an_integer_is_measured() -> None:
+    reply = with_arrays(n=np.array(-7))
+    assert Guard().check(reply, "num-examples", SENT).integer_change == 10
+    unsigned = record(w=np.zeros(2, np.float32), n=np.array([5, 2**40], np.uint64))
+    reply = with_arrays(n=np.array([0, 2**40 + 9], np.uint64))
+    assert Guard().check(reply, "num-examples", unsigned).integer_change == 9
+
+
+LOSS, MORE = {"num-examples": 1, "loss": 0.5}, {"num-examples": 1, "loss": 0.5, "x": 1.0}
+
+
+def test_the_metrics_of_most_replies_count_and_the_difference_is_named() -> None:
+    renamed = {"num-examples": 1, "lost": 0.5}
+    listed = {"num-examples": 1, "loss": [0.5, 0.5]}
+    assert Guard().strangers([renamed, LOSS, listed, LOSS, MORE], None) == {
+        0: "has other metrics than most replies: lacks loss, has lost in addition",
+        2: "has other metrics than most replies: has a list of 2 for loss, not a number",
+        4: "has other metrics than most replies: has x in addition",
     }
 
 
-def test_of_two_weights_none_is_an_outlier_and_none_lets_every_weight_pass() -> None:
-    assert overweight(1.0, 1e9) == set()
-    assert overweight(1.0, 1.0, 1e9) == {2}
-    assert overweight(1.0, 1.0, 1e9, max_weight_ratio=None) == set()
-    assert overweight(1.0, 1.0, 999.0) == set()
+def test_in_a_tie_the_metrics_of_the_last_round_count_else_those_of_the_first_label() -> None:
+    assert set(Guard().strangers([LOSS, MORE], None)) == {1}
+    assert set(Guard().strangers([LOSS, MORE], LOSS)) == {1}
+    assert set(Guard().strangers([LOSS, MORE], MORE)) == {0}
+    assert set(Guard().strangers([LOSS, MORE], {"num-examples": 1})) == {1}
+    assert set(Guard().strangers([LOSS, LOSS, MORE], MORE)) == {2}
+    assert Guard().strangers([], LOSS) == {}
 
 
 @given(st.lists(st.sampled_from([0.0, 1e-3, 1.0, 3.0, 1e3, 1e6]), max_size=9), st.randoms())
@@ -235,5 +328,5 @@ def test_a_round_with_too_few_good_replies_has_failed() -> None:
     assert guard.shortage(0, 0) is None  # nobody was asked
 
 
-def test_integers_may_take_any_value() -> None:
-    assert check(with_arrays(n=np.array(2**62))) == 0.0
+def test_integers_may_be_as_large_as_doubles_count_exactly() -> None:
+    assert check(with_arrays(n=np.array(2**53))) == check(with_arrays(n=np.array(-(2**53)))) == 0.0

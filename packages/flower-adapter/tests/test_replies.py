@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp.strategy import FedAvg
 from grids import Clock, Slow, data, good, record, run, scripted
 
+from flower_adapter import RoundFailed
 from flower_adapter.server import replies
 from flower_adapter.server.replies import ReplyStore, receive
 from flower_adapter.testing import LocalGrid
@@ -149,8 +150,8 @@ def files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """Return the temporary files that stores make, all in `tmp_path`."""
     made: list[Any] = []
 
-    def temporary_file() -> Any:
-        made.append(TemporaryFile(dir=tmp_path))  # noqa: SIM115
+    def temporary_file(buffering: int) -> Any:
+        made.append(TemporaryFile(buffering=buffering, dir=tmp_path))  # noqa: SIM115
         return made[-1]
 
     monkeypatch.setattr(replies, "TemporaryFile", temporary_file)
@@ -172,7 +173,7 @@ def test_a_reply_comes_back_with_the_same_bytes(memory: int, dtype: str, files: 
         "scalar": np.array(1, dtype),
         "fortran": np.asfortranarray(np.ones((2, 3), dtype)),
     }
-    with ReplyStore(memory) as store:
+    with ReplyStore(memory, 10**9) as store:
         message = reply(**arrays)
         message.metadata.__dict__["_message_id"] = "1"
         expected = reply(**arrays)
@@ -188,7 +189,7 @@ def test_a_reply_comes_back_with_the_same_bytes(memory: int, dtype: str, files: 
 
 @pytest.mark.parametrize("memory", [0, 10**9])
 def test_a_loaded_reply_may_be_changed_and_loaded_again(memory: int) -> None:
-    with ReplyStore(memory) as store:
+    with ReplyStore(memory, 10**9) as store:
         kept = store.keep(reply(w=np.ones(3)))
         first = kept.load()
         first.content["arrays"].clear()
@@ -205,7 +206,7 @@ def test_the_first_replies_stay_in_memory_and_those_beyond_the_budget_go_to_a_fi
 ) -> None:
     messages = [reply(w=np.full(1000, k)) for k in range(5)]
     each = size(messages[0])
-    with ReplyStore(memory=2 * each + each // 4) as store:
+    with ReplyStore(memory=2 * each + each // 4, disk=10**9) as store:
         kept = []
         for number, message in enumerate(messages, start=1):
             kept.append(store.keep(message))
@@ -218,7 +219,7 @@ def test_the_first_replies_stay_in_memory_and_those_beyond_the_budget_go_to_a_fi
 
 
 def test_a_reply_in_the_file_takes_no_memory() -> None:
-    with ReplyStore(0) as store:
+    with ReplyStore(0, 10**9) as store:
         message = reply(w=np.ones(1000))
         array = weakref.ref(message.content.array_records["arrays"]["w"])
         kept = store.keep(message)
@@ -230,7 +231,7 @@ def test_a_reply_in_the_file_takes_no_memory() -> None:
 
 
 def test_the_file_is_deleted_at_the_end(files: list[Any], tmp_path: Path) -> None:
-    with ReplyStore(0) as store:
+    with ReplyStore(0, 10**9) as store:
         store.keep(reply(w=np.ones(3)))
         assert not files[0].closed
     assert files[0].closed
@@ -239,7 +240,7 @@ def test_the_file_is_deleted_at_the_end(files: list[Any], tmp_path: Path) -> Non
 
 def test_no_file_is_made_for_replies_without_arrays(files: list[Any]) -> None:
     metrics = RecordDict({"m": MetricRecord({"num-examples": 1})})
-    with ReplyStore(0) as store:
+    with ReplyStore(0, 10**9) as store:
         kept = store.keep(Message(metrics, reply_to=Message(RecordDict(), 5, "evaluate")))
         assert kept.load().content == metrics
     assert not files
@@ -251,7 +252,7 @@ def test_the_file_is_deleted_when_the_strategy_fails_too(files: list[Any], tmp_p
             assert not files[0].closed
             raise RuntimeError("no average")
 
-    with pytest.raises(RuntimeError, match="no average"):
+    with pytest.raises(RoundFailed, match="RuntimeError: no average"):
         run(scripted(good(), good()), Failing(), reply_memory=0)
     assert [file.closed for file in files] == [True]
     assert list(tmp_path.iterdir()) == []

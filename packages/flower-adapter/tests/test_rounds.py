@@ -58,7 +58,6 @@ from torch import nn
 
 from flower_adapter import (
     Checkpoints,
-    CodecError,
     Compression,
     Guard,
     OuterOptimizer,
@@ -71,7 +70,8 @@ from flower_adapter import (
     to_arrays,
     torch_client_app,
 )
-from flower_adapter.protocol import ATTEMPTS, RUN
+from flower_adapter.protocol import ATTEMPTS, LABEL_QUERY, RUN
+from flower_adapter.server.checkpoints import read_checkpoint
 from flower_adapter.testing import LocalGrid
 
 BAD: dict[str, tuple[Answer, str]] = {
@@ -284,6 +284,8 @@ def changing(train: str, evaluate: str = "") -> Answering:
     """Return a grid of two nodes. A letter stands for a round: g for good and i for ill."""
 
     def answer(message: Message, partition: int) -> Answer:
+        if message.metadata.message_type == LABEL_QUERY:
+            return Error(5)
         phase, at = message.metadata.message_type, message.content["config"]["server-round"]
         letters = {"train": train, "evaluate": evaluate or "g" * len(train)}[phase]
         if letters[at - 1] == "i":
@@ -674,7 +676,7 @@ def test_an_averaged_integer_is_rounded_not_cut(strategy: type[FedAvg]) -> None:
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_an_averaged_integer_does_not_wrap_around() -> None:
     answers = [with_arrays(n=np.array(2**63 - 1))] * 2
-    result, _ = run(scripted(*answers))
+    result, _ = run(scripted(*answers), guard=None)
     assert float(result.arrays["n"].numpy()) == pytest.approx(2.0**63)
 
 
@@ -797,12 +799,16 @@ def test_an_evaluation_that_returns_no_metric_record_is_refused_at_once(metrics:
     assert grid.sent == []
 
 
+def untold(config: ConfigRecord) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("flower-adapter.")}
+
+
 def test_the_configs_reach_the_clients_of_their_phase() -> None:
     grid = scripted(good(), good())
     train, evaluate = ConfigRecord({"lr": 0.1}), ConfigRecord({"batches": 3})
     run(grid, FedAvg(), train_config=train, evaluate_config=evaluate)
     configs = {
-        kind: [dict(m.content["config"]) for m in grid.sent_of_type(kind)]
+        kind: [untold(m.content["config"]) for m in grid.sent_of_type(kind)]
         for kind in ("train", "evaluate")
     }
     assert configs == {
@@ -815,11 +821,16 @@ def test_the_configs_of_the_caller_stay_as_they_are(tmp_path: Any) -> None:
     """A second run with the same configs would else send the first run's id and attempts."""
     train, evaluate = ConfigRecord({"lr": 0.1}), ConfigRecord({"batches": 3})
     configs = {"train_config": train, "evaluate_config": evaluate}
-    grid = scripted(good(), good())
+    grid = scripted(good(label="a"), good(label="b"))
     for resume in (False, True):
         checkpoints = Checkpoints(tmp_path, resume=resume)
         run(grid, FedAvg(), num_rounds=1 + resume, checkpoints=checkpoints, **configs)
     assert {RUN, ATTEMPTS} <= set(grid.sent[-1].content["config"])
+    saved = read_checkpoint(tmp_path).configs
+    assert {kind: [untold(c) == dict(c) for c in both] for kind, both in saved.items()} == {
+        "train": [True, True],
+        "evaluate": [True, True],
+    }
     assert (dict(train), dict(evaluate)) == ({"lr": 0.1}, {"batches": 3})
 
 
@@ -1018,8 +1029,8 @@ def test_replies_in_a_temporary_file_give_the_same_bits_as_in_memory(
 ) -> None:
     files: list[Any] = []
 
-    def temporary_file() -> Any:
-        files.append(TemporaryFile())  # noqa: SIM115
+    def temporary_file(buffering: int) -> Any:
+        files.append(TemporaryFile(buffering=buffering))  # noqa: SIM115
         return files[-1]
 
     monkeypatch.setattr("flower_adapter.server.replies.TemporaryFile", temporary_file)
@@ -1135,7 +1146,7 @@ def test_a_strategy_may_send_each_client_its_own_model_unless_it_is_compressed()
     run(grid, Personal(fraction_evaluate=0.0))
     assert sorted(m.content["arrays"]["w"].numpy()[0] for m in grid.sent) == [0.0, 1.0]
     assert sorted(partitions(grid, grid.sent)) == [0, 1]
-    with pytest.raises(CodecError, match="the strategy sends different models"):
+    with pytest.raises(RoundFailed, match="CodecError: the strategy sends different models"):
         run(grid, Personal(fraction_evaluate=0.0), compression=Compression())
 
 

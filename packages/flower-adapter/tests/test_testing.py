@@ -137,12 +137,15 @@ def test_a_value_error_of_a_client_app_is_an_error_reply(message_type: str) -> N
 
 
 def test_any_other_exception_of_a_client_app_is_raised_to_the_test() -> None:
-    def train(model: nn.Module, config: ConfigRecord, context: Context) -> dict[str, float]:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
         raise KeyError("a bug")
 
-    grid = LocalGrid(torch_client_app(lambda config, context: nn.Linear(2, 1), train), 2)
+    grid = LocalGrid(app, 2)
     with pytest.raises(KeyError, match="a bug"):
-        run_rounds(grid, FedAvg(), to_arrays(nn.Linear(2, 1)), num_rounds=1)
+        run_rounds(grid, FedAvg(), to_arrays(nn.Linear(2, 1)), num_rounds=1, guard=None)
 
 
 def test_each_reply_can_be_pulled_once_by_the_id_of_its_message() -> None:

@@ -123,6 +123,14 @@ def read_file(path: Path) -> tuple[str, dict[str, Array]]:
     return structure, arrays
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents, and sync each new one, so that it survives a power cut."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in reversed(missing):
+        sync(place.parent)
+
+
 def sync(path: Path) -> None:
     """Sync a file, or the entries of a directory, to the disk.
 

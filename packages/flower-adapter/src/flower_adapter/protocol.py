@@ -6,6 +6,8 @@ record `COMPRESSION`. A reply from a client carries the record `CLIENT`. If the 
 `COMPRESSION` and the client uses `compression_mod`, the reply carries `COMPRESSION` too.
 """
 
+import hashlib
+import re
 from typing import Any, NamedTuple, cast
 
 from flwr.app import ConfigRecord, Context, Message, MessageType
@@ -18,7 +20,10 @@ NUM_EXAMPLES = "num-examples"
 MIN_REPLIES = "flower-adapter.min-replies"  # fewest replies from which the server takes a mean
 
 # Keys of the config record, set by a server that writes checkpoints.
-RUN = "flower-adapter.run"  # id of the first attempt of the run, the same after each resume
+# The first one is the token of the run for this client: 64 hex digits, the same after each resume.
+# The server derives it from a secret in its checkpoints and from the client's label. No other
+# client and no other server knows it.
+RUN = "flower-adapter.run"
 ATTEMPTS = "flower-adapter.attempts"  # "4:1f0c…" for each resume: round before it, attempt id
 
 # The record in a reply that names the client.
@@ -29,7 +34,7 @@ LABEL_ACTION = "label"
 LABEL_QUERY = f"{MessageType.QUERY}.{LABEL_ACTION}"
 
 # The query that a server sends after the last round to each client that keeps a state on disk.
-END_ACTION = "end-of-run"
+END_ACTION = "end_of_run"
 END_QUERY = f"{MessageType.QUERY}.{END_ACTION}"
 
 # The record that describes compressed arrays. A client's context also uses this name, as the
@@ -38,12 +43,19 @@ COMPRESSION = "flower-adapter.compression"
 COMPRESSION_VERSION = 1
 _COMPRESSED = "flower-adapter/"  # how the `stype` of a compressed array begins
 
+REPLY_RECORDS = frozenset({CLIENT, COMPRESSION})  # the config records that a reply may hold
+
 # In a client's context: the name of the state with the trained arrays and the buffers that the
 # client does not share.
 PERSONAL = "flower-adapter.personal"
 
+# The record in a client's context that holds the client's own secret.
+OWN_SECRET = "flower-adapter.own-secret"
+
 # The record in a client's context that names the file on disk with the same state.
 DISK_STATE = "flower-adapter.disk-state"
+
+_TOKEN = re.compile("[0-9a-f]{64}")
 
 
 class CompressionHeader(NamedTuple):
@@ -122,6 +134,17 @@ def label_record(label: str) -> ConfigRecord:
     return ConfigRecord({LABEL: label})
 
 
+def token_of(config: ConfigRecord) -> str | None:
+    """Return the token that proves to a client that a message comes from the server of its run."""
+    token = config.get(RUN)
+    return token if isinstance(token, str) and _TOKEN.fullmatch(token) else None
+
+
+def digest(token: str) -> str:
+    """Return a name for a run that does not tell its token."""
+    return hashlib.sha256(token.encode()).hexdigest()[:32]
+
+
 def label_of(reply: Message) -> str | None:
     """Return the label in a reply, or None if the reply has no label."""
     if reply.has_error():
@@ -131,6 +154,20 @@ def label_of(reply: Message) -> str | None:
     return label if isinstance(label, str) else None
 
 
+def keeps_state(reply: Message) -> bool:
+    """Tell whether a reply says that its client keeps a state on disk."""
+    record = reply.content.config_records.get(CLIENT)
+    return record is not None and record.get(KEEPS_STATE) is True
+
+
 def config_of(message: Message) -> ConfigRecord:
     """Return the server's config from a message, or an empty record if there is none."""
-    return next(iter(message.content.config_records.values()), ConfigRecord())
+    return config_item(message)[1]
+
+
+def config_item(message: Message) -> tuple[str, ConfigRecord]:
+    """Return the key and the record of the server's config in a message.
+
+    If there is none, return the key "config", which Flower's strategies use, and an empty record.
+    """
+    return next(iter(message.content.config_records.items()), ("config", ConfigRecord()))

@@ -29,7 +29,8 @@ class LocalGrid(Grid):
     Like Flower's simulation, it gives each node a random id, the node config "partition-id" and
     "num-partitions", and a context that lasts as long as the grid. Replies come in random order. If
     the ClientApp raises ValueError, the reply is an error reply with the same text as in Flower's
-    deployment. Any other exception reaches the test.
+    deployment. Any other exception is raised where the server sends the message. There `run_rounds`
+    fails the round, or without a guard raises it to the test.
 
     In Flower, only the process of a ServerApp can make messages. The first grid therefore gives
     this process the identity of a ServerApp.

@@ -32,6 +32,7 @@ from flower_adapter.arrays import npy
 
 BLOCK = 128  # values that share a scale in int4 and 2-bit
 KEPT = 0.01  # fraction of a tensor's values that top-k keeps by default
+LEAST_KEPT = 1e-6  # a smaller fraction would let a few bytes stand for any number of values
 # The levels of 2-bit, and the threshold between the levels, in standard deviations.
 _LOW, _HIGH, _THRESHOLD = 0.4528, 1.5104, 0.9816
 
@@ -189,8 +190,8 @@ def _top_k(name: str, parameter: str) -> Codec:
         kept = float(parameter) if parameter else KEPT
     except ValueError:
         kept = math.nan
-    if not 0 < kept <= 1 or name.endswith(":"):
-        raise CodecError(f"codec {name!r} should be top-k:FRACTION, above 0 and at most 1")
+    if not LEAST_KEPT <= kept <= 1 or name.endswith(":"):
+        raise CodecError(f"codec {name!r} should be top-k:FRACTION, from {LEAST_KEPT:g} to 1")
 
     def encode(values: Tensor) -> bytes:
         flat = values.reshape(-1)

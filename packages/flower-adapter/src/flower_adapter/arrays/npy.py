@@ -46,6 +46,8 @@ def from_array(array: Array) -> NDArray[Any]:
     shape, fortran_order, dtype = _read_header(array.data[:start])
     if dtype.hasobject:
         raise ValueError(f"has dtype {dtype}, which holds Python objects")
+    if dtype.itemsize == 0:  # no number of bytes limits the shape
+        raise ValueError(f"has dtype {dtype}, whose values take no bytes")
     if array.dtype != str(dtype) or tuple(array.shape) != shape:
         raise ValueError(f"says {array.dtype} {tuple(array.shape)}, but holds {dtype} {shape}")
     size, available = math.prod(shape) * dtype.itemsize, len(array.data) - start
@@ -127,7 +129,7 @@ def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     descr, fortran_order, shape = match.groups()
     try:
         dtype = np.dtype(descr)
-    except TypeError as error:
+    except (TypeError, ArithmeticError, MemoryError, RuntimeError, SyntaxError) as error:
         raise ValueError(f"has the unknown dtype {descr!r}") from error
     sizes = tuple(int(size) for size in (shape or "").split(",") if size.strip())
     return sizes, fortran_order == "True", dtype

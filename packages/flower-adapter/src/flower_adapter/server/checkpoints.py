@@ -2,16 +2,24 @@
 
     <directory>/round-000004/arrays.safetensors   the global arrays, readable without this package
                              state.safetensors    the other fields of `Checkpoint`
-                             round.json           the format, the run id and the record of the round
+                             round.json           the format, the run id, the record of the round,
+                                                  and the SHA-256 of the other files and of itself
 
 No checkpoint is ever half-written. Its files are first written and synced in a temporary directory.
-One rename then moves this directory to its final place. The module does not use pickle.
+One rename then moves this directory to its final place. A reader checks each file against its
+SHA-256, so it never uses a damaged file. The module does not use pickle.
+
+`state.safetensors` holds the secret of the run, from which the clients' tokens are computed. Its
+owner alone can read this file.
 """
 
+import hashlib
+import hmac
 import json
 import logging
 import random
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +34,12 @@ from filelock import FileLock, Timeout
 from flwr.app import ArrayRecord, ConfigRecord
 
 from flower_adapter.arrays.convert import describe
-from flower_adapter.packing import pack, read_file, sync, unpack, write_file
-from flower_adapter.server.record import RoundRecord
+from flower_adapter.packing import make_directory, pack, read_file, sync, unpack, write_file
+from flower_adapter.server.record import RoundRecord, forget_left_out
 
-FORMAT = 3
+FORMAT = 4
+ARRAYS_FILE, STATE_FILE = "arrays.safetensors", "state.safetensors"
+SUMMARY_FILE = "round.json"
 _NAME = re.compile(r"round-(\d{6,})")
 
 logger = logging.getLogger("flwr")
@@ -37,6 +47,10 @@ logger = logging.getLogger("flwr")
 
 class CheckpointError(ValueError):
     """An error: a checkpoint or its directory cannot be used. The message says why."""
+
+
+class _Damaged(CheckpointError):
+    """An error: the files of a checkpoint are not those that were written."""
 
 
 @dataclass
@@ -54,6 +68,21 @@ class Checkpoint:
     # By phase: the config that `run_rounds` was given, and the config as the strategy changed it.
     configs: dict[str, tuple[ConfigRecord, ConfigRecord]] = field(default_factory=dict)
     records: list[RoundRecord] = field(default_factory=list)  # of rounds 0 to `server_round`
+    secret: str = ""  # 64 hex digits, known to this server alone
+
+    def add(self, record: RoundRecord) -> None:
+        """Add the record of the round that has ended."""
+        forget_left_out(self.records)
+        self.records.append(record)
+        self.server_round = record.server_round
+
+    def token(self, label: str) -> str:
+        """Return the token by which the client with this label recognizes the run.
+
+        A client keeps its state on disk under this token. Nobody else can compute it, so no other
+        run can ask for the state.
+        """
+        return hmac.new(bytes.fromhex(self.secret), label.encode(), hashlib.sha256).hexdigest()
 
 
 class Checkpoints:
@@ -72,7 +101,9 @@ class Checkpoints:
         resume: False starts a new run, and `directory` must not hold checkpoints. True continues
             from the newest checkpoint in `directory`. A path is either a checkpoint to continue
             from, or another directory whose newest checkpoint is used. If this directory and
-            `directory` hold no checkpoint yet, the run starts at round 1.
+            `directory` hold no checkpoint yet, the run starts at round 1. If the newest checkpoint
+            of a directory is damaged, the newest one that is not damaged is used, with a warning.
+            The damaged checkpoints in `directory` are renamed to ".damaged-round-000004".
     """
 
     def __init__(
@@ -104,7 +135,7 @@ class Checkpoints:
         Raises:
             CheckpointError: another run uses the directory.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
         # The lock file stands beside the directory. If the process is killed, its lock ends.
         lock = FileLock(self.directory.with_name(f".{self.directory.name}.lock"), blocking=False)
         try:
@@ -144,8 +175,11 @@ class Checkpoints:
                 f"resume from {path} (round {round_of(path)}) would overwrite; use another "
                 "directory"
             )
-        checkpoint = read_checkpoint(path)
+        checkpoint, damaged = _newest_sound(self.resume)
         _require_same_model(checkpoint, initial_arrays)
+        for path in damaged:
+            if path.parent.samefile(self.directory):
+                _move_aside(path)
         # An attempt may end before it writes a checkpoint. The next attempt then resumes after the
         # same round. Only the id tells the files of the two attempts apart on the clients.
         checkpoint.attempts.append(f"{checkpoint.server_round}:{uuid4().hex}")
@@ -177,7 +211,14 @@ class Checkpoints:
 def new_checkpoint(run: str, initial_arrays: ArrayRecord) -> Checkpoint:
     """Return the state of a run that has not begun."""
     model = {name: describe(array) for name, array in initial_arrays.items()}
-    return Checkpoint(run=run, attempts=[], server_round=0, arrays=initial_arrays, model=model)
+    return Checkpoint(
+        run=run,
+        attempts=[],
+        server_round=0,
+        arrays=initial_arrays,
+        model=model,
+        secret=secrets.token_hex(32),
+    )
 
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
@@ -211,46 +252,125 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     place = directory / f"round-{checkpoint.server_round:06d}"
     partial = directory / f".{place.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_file(partial / "arrays.safetensors", json.dumps(names), checkpoint.arrays)
-    write_file(partial / "state.safetensors", structure, arrays)
-    summary = partial / "round.json"
-    text = json.dumps(_summary(checkpoint), indent=2, allow_nan=False)
-    summary.write_text(text + "\n", encoding="utf-8")
-    sync(summary)
-    sync(partial)
-    partial.rename(place)
+    make_directory(partial)
+    try:
+        write_file(partial / ARRAYS_FILE, json.dumps(names), checkpoint.arrays)
+        (partial / STATE_FILE).touch(mode=0o600)
+        write_file(partial / STATE_FILE, structure, arrays)
+        (partial / STATE_FILE).chmod(0o600)
+        files = {name: _file_hash(partial / name) for name in (ARRAYS_FILE, STATE_FILE)}
+        summary = partial / SUMMARY_FILE
+        summary.write_text(_summary_text(_summary(checkpoint, files)), encoding="utf-8")
+        sync(summary)
+        sync(partial)
+        partial.rename(place)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space
+        raise
     sync(directory)
     return place
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the checkpoint at `path`, or the newest checkpoint in the directory `path`.
+    """Read the checkpoint at `path`, or the newest sound checkpoint in the directory `path`.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        CheckpointError: the checkpoint is damaged or has another format.
+        CheckpointError: the checkpoint, or each checkpoint in the directory, is damaged, or it has
+            another format.
     """
-    path = find_checkpoint(path)
+    return _newest_sound(Path(path))[0]
+
+
+def _newest_sound(path: Path) -> tuple[Checkpoint, list[Path]]:
+    """Read a checkpoint as `read_checkpoint` does. Return the newer damaged checkpoints as well."""
+    newest = find_checkpoint(path)
+    if newest == path:
+        return _read(newest), []
+    damaged: list[Path] = []
+    faults: list[str] = []
+    for place in reversed(list_checkpoints(path)):
+        try:
+            checkpoint = _read(place)
+        except _Damaged as error:
+            damaged.append(place)
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            logger.error("%s", fault)
+        if faults:
+            logger.error("the run goes on from %s, the newest sound checkpoint", place)
+        return checkpoint, damaged
+    raise CheckpointError("; ".join(faults))
+
+
+def _read(path: Path) -> Checkpoint:
     try:
-        summary = json.loads((path / "round.json").read_text(encoding="utf-8"))
-        if summary.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path} has format {summary.get('format')!r}, should have format {FORMAT}"
-            )
-        names, arrays = read_file(path / "arrays.safetensors")
-        state = unpack(*read_file(path / "state.safetensors"))
+        summary = _read_summary(path)
+        for name, expected in summary["files"].items():
+            if _file_hash(path / name) != expected:
+                raise ValueError(f"{name} has another SHA-256 than when it was written")
+        names, arrays = read_file(path / ARRAYS_FILE)
+        state = unpack(*read_file(path / STATE_FILE))
         records = json.loads(state["records"].tobytes())
         state["records"] = [RoundRecord.from_dict(fields) for fields in records]
         record = ArrayRecord({name: arrays[name] for name in json.loads(names)})
         return Checkpoint(arrays=record, **state)
     except CheckpointError:
         raise
-    except (FileNotFoundError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # damaged bytes can fail in any way
+        raise _Damaged(f"{path} is damaged: {error}") from error
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    """Read and check round.json. The text must be exactly the one that was written.
+
+    Raises:
+        CheckpointError: the checkpoint has another format.
+        ValueError: the text was changed.
+    """
+    text = (path / SUMMARY_FILE).read_text(encoding="utf-8")
+    summary = json.loads(text)
+    if not isinstance(summary, dict):
+        raise ValueError(f"{SUMMARY_FILE} holds {type(summary).__name__}, should hold an object")
+    written = {name: value for name, value in summary.items() if name != "sha256"}
+    if "sha256" not in summary and written.get("format") in range(1, FORMAT):
         raise CheckpointError(
-            f"{path} is damaged: {error}; resume from another checkpoint, and write into another "
-            "directory"
-        ) from error
+            f"{path} has format {summary['format']!r}, should have format {FORMAT}: an older "
+            "flower-adapter wrote it"
+        )
+    if text != _summary_text(written):
+        raise ValueError(f"{SUMMARY_FILE} has another SHA-256 than when it was written")
+    if summary.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {summary.get('format')!r}, should have format {FORMAT}"
+        )
+    return summary
+
+
+def _summary_text(summary: dict[str, Any]) -> str:
+    """Return the text of round.json. Its last field is the SHA-256 of the other fields."""
+    text = json.dumps(summary, indent=2, allow_nan=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps({**summary, "sha256": digest}, indent=2, allow_nan=False) + "\n"
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _move_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that the run can write this round again."""
+    place, number = path.with_name(f".damaged-{path.name}"), 1
+    while place.exists():
+        number += 1
+        place = path.with_name(f".damaged-{path.name}-{number}")
+    path.rename(place)
+    sync(path.parent)
+    logger.error("%s is now %s", path, place)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -329,10 +449,10 @@ def _remove_leftovers(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
+def _summary(checkpoint: Checkpoint, files: dict[str, str]) -> dict[str, Any]:
     record = checkpoint.records[-1].to_dict()
     del record["arrays"]
-    return {"format": FORMAT, "run": checkpoint.run, **_printable(record)}
+    return {"format": FORMAT, "run": checkpoint.run, "files": files, **_printable(record)}
 
 
 def _printable(value: Any) -> Any:

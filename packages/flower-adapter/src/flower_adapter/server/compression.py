@@ -87,7 +87,9 @@ class Compression:
     def note_answer(self, node: int, header: object) -> None:
         """Read the header of a reply, and remember which model version the node holds."""
         if isinstance(header, ConfigRecord) and header.get("format") == COMPRESSION_VERSION:
-            self._holders[node] = str(header.get("version", ""))
+            version = header.get("version", "")
+            known = version in (self._version, self._previous)
+            self._holders[node] = str(version) if known else ""
         elif not self.is_exact and node not in self._without_mod:
             self._without_mod.add(node)
             logger.warning("node %d sends whole arrays: its ClientApp has no compression_mod", node)
@@ -118,10 +120,10 @@ class Compression:
         """
         if same_arrays(arrays, self._exact):
             return
-        self._exact = arrays
         if self.downlink == EXACT:
-            self._copy, self._version = arrays, ""
+            self._exact, self._copy, self._version = arrays, arrays, ""
             return
         encoded = encode(arrays, self._copy, self.downlink)
+        self._exact = arrays
         self._previous, self._delta = self._version, encoded.arrays
         self._copy, self._version = encoded.decoded, uuid4().hex

@@ -2,70 +2,110 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from flower_adapter import protocol
 from flower_adapter.arrays import npy
+from flower_adapter.arrays.convert import describe
 
 FEWEST_OTHERS = 2  # how many other values above 0 a comparison needs
-LARGEST_WEIGHT = 2.0**53  # up to here, double precision counts examples exactly
+FEWEST_NORMS = 3  # how many norms above 0 a median needs
+LARGEST_WHOLE = 2**53  # up to here, double precision counts every whole number
+LARGEST_METRIC = 1e100  # a weighted mean of such metrics cannot overflow
+MOST_METRICS = 100  # in a reply
+LONGEST_NAME = 100  # characters in the name of a metric
+LONGEST_LIST = 1000  # values in a metric
+
+Kinds = dict[str, int | None]  # for each metric, the length of the list, or None for a number
+
+
+class Update(NamedTuple):
+    """The size of the update in a reply."""
+
+    norm: float  # the L2 norm over all float and complex arrays
+    integer_change: float  # the largest absolute change in the integer arrays
+
+
+NO_UPDATE = Update(0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Guard:
-    """The rules that decide which replies of a round count.
+    """The rules that decide which replies of a round count, and how much.
 
-    A train reply is left out if
+    A reply is left out if
     - it carries an error or cannot be decoded,
-    - it does not hold exactly one ArrayRecord and one MetricRecord,
-    - its arrays have other names, shapes or dtypes than the arrays that were sent,
-    - its arrays hold NaN or Inf,
-    - its weight (the strategy's `weighted_by_key`, else "num-examples") is not a positive number
-      of at most 2^53,
-    - another metric is NaN or Inf,
-    - its weight is above `max_weight_ratio` times the median of the other weights, or
-    - the L2 norm of its update is above `max_norm_ratio` times the median of the other norms.
+    - it does not hold exactly one MetricRecord and, after training, exactly one ArrayRecord,
+    - it holds other records than these and those of this package,
+    - its weight (the strategy's `weighted_by_key`, else "num-examples") is not a whole number from
+      1 to 2^53,
+    - another metric is NaN, Inf or beyond 1e100 in magnitude, or there are more than 100 metrics,
+      a list of more than 1,000 values, or a name that is not 1 to 100 printable characters,
+    - its arrays have other names, shapes or dtypes than the arrays that were sent. This is checked
+      before they are decoded,
+    - its arrays hold NaN or Inf, or an integer beyond 2^53 in magnitude.
 
-    The last two rules compare all replies of a round. They need at least three replies, because two
-    replies cannot show which one is wrong. Updates of norm 0 do not take part in the comparison. An
-    evaluate reply holds no arrays, so only the rules for errors and metrics apply to it. The weight
-    is one of the metrics.
+    The other rules look at all replies of a round together. Neither the order in which the replies
+    arrive nor the labels of the clients matter.
+    - All replies must have the same metrics. The set of metrics that most replies have counts. If
+      several sets are equally frequent, the set of the last round counts, else the set of the first
+      client in the order of labels. Replies with other metrics are left out.
+    - A reply is left out if the L2 norm of its update is above `max_norm_ratio` times the median of
+      the other norms. This also holds for the largest change of an integer. Here a median below 1
+      counts as 1.
+    - If the norm of an update is above `clip_norm_ratio` times the median of all norms, the update
+      is scaled down to this length. Integers are not scaled.
+    - If a weight is above `max_weight_ratio` times the median of all weights, it is reduced to this
+      bound. For an even number of weights the median is the lower one of the two in the middle, so
+      the rule holds for two clients as well.
+
+    The rules for norms and integers need at least three replies, because two replies cannot show
+    which one is wrong. Updates of norm 0 do not take part in these medians. An evaluate reply holds
+    no arrays, so only the rules for records, metrics and weights apply to it. The median is sound
+    as long as more than half of the clients are.
 
     Args:
         min_replies: how many good replies a phase (training or evaluation) needs, at least 1. A
             phase with fewer good replies has failed, and the global arrays stay as they were.
         max_failed_rounds: how many failed rounds in a row end the run, at least 1.
-        max_norm_ratio: the ratio in the rule for norms, above 1. None switches the rule off.
-        max_weight_ratio: the ratio in the rule for weights, above 1. None switches the rule off.
+        max_norm_ratio: the ratio above which a reply is left out, above 1. None switches the rules
+            for norms and integers off.
+        max_weight_ratio: the ratio to which a weight is reduced, above 1. None switches the rule
+            off.
+        clip_norm_ratio: the ratio to which an update is scaled down, above 1. None switches the
+            rule off.
     """
 
     min_replies: int = 1
     max_failed_rounds: int = 3
     max_norm_ratio: float | None = 100.0
-    max_weight_ratio: float | None = 1000.0
+    max_weight_ratio: float | None = 10.0
+    clip_norm_ratio: float | None = 3.0
 
     def __post_init__(self) -> None:
         for name in ("min_replies", "max_failed_rounds"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}, should be a whole number of at least 1")
-        for name in ("max_norm_ratio", "max_weight_ratio"):
+        for name in ("max_norm_ratio", "max_weight_ratio", "clip_norm_ratio"):
             ratio = getattr(self, name)
             if ratio is not None and not ratio > 1:
                 raise ValueError(f"{name} is {ratio}, should be above 1, or None")
 
-    def check(self, reply: RecordDict, weight_key: str, sent: ArrayRecord | None) -> float:
-        """Check one reply alone, and return the L2 norm of its update.
+    def check_declared(self, reply: RecordDict, weight_key: str, sent: ArrayRecord | None) -> None:
+        """Check the records, the metrics and the declared arrays of a reply. Decode nothing.
 
         Args:
-            reply: the decoded content of the reply.
+            reply: the content of the reply. Its arrays may be compressed.
             weight_key: the name of the metric that the strategy uses as the reply's weight.
             sent: the global arrays that were sent to the client, or None for an evaluate reply.
-                With None the method returns 0.
 
         Raises:
             ValueError: the reply cannot be used. The message says why.
@@ -74,31 +114,87 @@ class Guard:
         # the arrays in memory until the next garbage collection.
         metrics = [record for record in reply.values() if isinstance(record, MetricRecord)]
         arrays = [record for record in reply.values() if isinstance(record, ArrayRecord)]
-        if len(metrics) != 1:
-            raise ValueError(f"holds {len(metrics)} MetricRecords, should hold one")
+        for kind, count, expected in (
+            ("MetricRecord", len(metrics), 1),
+            ("ArrayRecord", len(arrays), int(sent is not None)),
+        ):
+            if count != expected:
+                should = "one" if expected else "none"
+                raise ValueError(f"holds {count} {kind}s, should hold {should}")
+        for name, record in reply.items():
+            if isinstance(record, ConfigRecord) and name not in protocol.REPLY_RECORDS:
+                raise ValueError(f"holds the ConfigRecord {name[:LONGEST_NAME]!r}, should not")
         _check_metrics(metrics[0], weight_key)
-        if sent is None:
-            return 0.0
-        if len(arrays) != 1:
-            raise ValueError(f"holds {len(arrays)} ArrayRecords, should hold one")
-        check_arrays(arrays[0], sent)
-        norm = update_norm(arrays[0], sent)
-        if not math.isfinite(norm):
-            reason = not_finite(arrays[0])
-            raise ValueError(reason or f"its update has norm {norm}, should be finite")
-        return norm
+        if sent is not None:
+            _check_declared(arrays[0], sent)
 
-    def outliers(self, norms: Sequence[float], weights: Sequence[float]) -> dict[int, str]:
-        """Compare the updates of a round, and return each outlier's index and reason.
+    def check(self, reply: RecordDict, weight_key: str, sent: ArrayRecord | None) -> Update:
+        """Check one reply alone, and return the size of its update.
+
+        The arguments are those of `check_declared`, but the arrays are decoded. Without arrays the
+        size is 0.
+
+        Raises:
+            ValueError: the reply cannot be used. The message says why.
+        """
+        self.check_declared(reply, weight_key, sent)
+        if sent is None:
+            return NO_UPDATE
+        [arrays] = [record for record in reply.values() if isinstance(record, ArrayRecord)]
+        check_arrays(arrays, sent)
+        norm = update_norm(arrays, sent)
+        if not math.isfinite(norm):
+            reason = not_finite(arrays)
+            raise ValueError(reason or f"its update has norm {norm}, should be finite")
+        return Update(norm, _integer_change(arrays, sent))
+
+    def strangers(
+        self, metrics: Sequence[Mapping[str, Any]], usual: Mapping[str, Any] | None
+    ) -> dict[int, str]:
+        """Compare the metrics of a round, and return the index and reason of each that differs.
 
         Args:
-            norms: the L2 norm of each update.
-            weights: the weight of each update, in the same order. The order does not matter.
+            metrics: the metrics of each reply, in the order of the clients' labels.
+            usual: the metrics of a client in the last round, or None.
         """
+        kinds = [_kinds(found) for found in metrics]
+        if not kinds:
+            return {}
+        known = None if usual is None else _kinds(usual)
+        most = max(map(kinds.count, kinds))
+        frequent = [found for found in kinds if kinds.count(found) == most]
+        expected = known if known is not None and known in frequent else frequent[0]
         return {
-            **_above_the_others(weights, self.max_weight_ratio, "its weight is"),
+            index: _difference(found, expected)
+            for index, found in enumerate(kinds)
+            if found != expected
+        }
+
+    def outliers(self, updates: Sequence[Update]) -> dict[int, str]:
+        """Compare the updates of a round, and return the index and reason of each outlier."""
+        if self.max_norm_ratio is None:
+            return {}
+        norms = [update.norm for update in updates]
+        changes = [update.integer_change for update in updates]
+        return {
+            **_integer_outliers(changes, self.max_norm_ratio),
             **_above_the_others(norms, self.max_norm_ratio, "its update has norm"),
         }
+
+    def scales(self, norms: Sequence[float]) -> list[float]:
+        """Return the factor for each update of a round: 1, or less if the update is too long."""
+        positive = sorted(norm for norm in norms if norm > 0)
+        if self.clip_norm_ratio is None or len(positive) < FEWEST_NORMS:
+            return [1.0] * len(norms)
+        bound = self.clip_norm_ratio * median_low(positive)
+        return [bound / norm if norm > bound else 1.0 for norm in norms]
+
+    def weights(self, weights: Sequence[float]) -> list[float]:
+        """Return the weight that counts for each reply of a round: its own, or the bound."""
+        if self.max_weight_ratio is None or not weights:
+            return list(weights)
+        bound = math.floor(self.max_weight_ratio * median_low(weights))
+        return [min(weight, type(weight)(bound)) for weight in weights]
 
     def shortage(self, good: int, asked: int) -> str | None:
         """Return a message if too few of the `asked` clients gave a good reply, else None."""
@@ -107,13 +203,60 @@ class Guard:
         return None
 
 
-def _above_the_others(values: Sequence[float], ratio: float | None, what: str) -> dict[int, str]:
+def scale_update(arrays: ArrayRecord, sent: ArrayRecord, factor: float) -> None:
+    """Replace each float and complex array by `sent` + `factor` (array - `sent`), in place."""
+    for name, array in list(arrays.items()):
+        now, before = npy.from_array(array), npy.from_array(sent[name])
+        if now.dtype.kind in "fc":
+            wide = np.complex128 if now.dtype.kind == "c" else np.float64
+            start = before.astype(wide)
+            moved = start + factor * (now.astype(wide) - start)
+            arrays[name] = npy.to_array(moved.astype(now.dtype))
+
+
+def _kinds(metrics: Mapping[str, Any]) -> Kinds:
+    return {
+        name: len(value) if isinstance(value, list) else None for name, value in metrics.items()
+    }
+
+
+def _difference(found: Kinds, expected: Kinds) -> str:
+    """Return a text that names the metrics in which a reply differs from most replies."""
+    missing = [f"lacks {name}" for name in sorted(expected.keys() - found.keys())]
+    extra = [f"has {name} in addition" for name in sorted(found.keys() - expected.keys())]
+    other = [
+        f"has {_kind(found[name])} for {name}, not {_kind(expected[name])}"
+        for name in sorted(found.keys() & expected.keys())
+        if found[name] != expected[name]
+    ]
+    return f"has other metrics than most replies: {', '.join(missing + extra + other)}"
+
+
+def _kind(length: int | None) -> str:
+    return "a number" if length is None else f"a list of {length}"
+
+
+def _integer_outliers(changes: Sequence[float], ratio: float) -> dict[int, str]:
+    """Return the index and the reason for each reply with a far too large change of an integer."""
+    reasons = {}
+    for index, change in enumerate(changes):
+        others = sorted(other for place, other in enumerate(changes) if place != index)
+        if len(others) < FEWEST_OTHERS:
+            continue
+        usual = max(1.0, others[len(others) // 2])
+        if change > usual * ratio:
+            reasons[index] = (
+                f"an integer has changed by {change:.4g}, should be at most {ratio:g} times "
+                f"{usual:.4g}, the median of the others"
+            )
+    return reasons
+
+
+def _above_the_others(values: Sequence[float], ratio: float, what: str) -> dict[int, str]:
     """Return the index and the reason for each value that is far above the other values.
 
     A value is far above if it is above `ratio` times the median of the other positive values.
     """
-    if ratio is None:
-        return {}
     positive = sorted(value for value in values if value > 0)
     reasons = {}
     for index, value in enumerate(values):
@@ -163,34 +306,78 @@ def update_norm(arrays: ArrayRecord, sent: ArrayRecord) -> float:
     return total
 
 
+def _integer_change(arrays: ArrayRecord, sent: ArrayRecord) -> float:
+    """Return the largest absolute change in the integer arrays.
+
+    Raises:
+        ValueError: an integer is beyond 2^53 in magnitude.
+    """
+    largest = 0.0
+    for name, array in arrays.items():
+        values = npy.from_array(array)
+        if values.dtype.kind not in "iu" or values.size == 0:
+            continue
+        extreme = max(int(values.max()), int(values.min()), key=abs)
+        if abs(extreme) > LARGEST_WHOLE:
+            raise ValueError(f"{name} holds {extreme}, should be at most 2^53 in magnitude")
+        change = values.astype(np.float64) - npy.from_array(sent[name])
+        largest = max(largest, float(np.abs(change).max()))
+    return largest
+
+
 def _check_metrics(metrics: MetricRecord, weight_key: str) -> None:
+    if len(metrics) > MOST_METRICS:
+        raise ValueError(f"holds {len(metrics)} metrics, should hold at most {MOST_METRICS}")
     weight = metrics.get(weight_key)
     if weight is None:
         raise ValueError(f"{weight_key} is missing from the metrics")
-    if isinstance(weight, list) or not 0 < weight <= LARGEST_WEIGHT:
-        raise ValueError(f"{weight_key} is {weight}, should be a positive number of at most 2^53")
     for name, value in metrics.items():
         numbers = value if isinstance(value, list) else [value]
-        if not all(isinstance(number, int) or math.isfinite(number) for number in numbers):
-            raise ValueError(f"{name} is {value}, should be finite")
+        if not (0 < len(name) <= LONGEST_NAME and name.isprintable()):
+            raise ValueError(
+                f"a metric is named {name[:LONGEST_NAME]!r}, should be 1 to {LONGEST_NAME} "
+                "printable characters"
+            )
+        if len(numbers) > LONGEST_LIST:
+            raise ValueError(
+                f"{name} is a list of {len(numbers)}, should have at most {LONGEST_LIST} values"
+            )
+        if name == weight_key and not _is_count(value):
+            raise ValueError(f"{name} is {value}, should be a whole number from 1 to 2^53")
+        if not all(abs(number) <= LARGEST_METRIC for number in numbers):  # not true for NaN
+            raise ValueError(
+                f"{name} is {value}, should be finite and at most {LARGEST_METRIC:g} in magnitude"
+            )
 
 
-def check_arrays(arrays: ArrayRecord, sent: ArrayRecord) -> None:
+def _is_count(value: Any) -> bool:
+    is_number = isinstance(value, int | float)
+    return is_number and 1 <= value <= LARGEST_WHOLE and value == int(value)
+
+
+def _check_declared(arrays: ArrayRecord, sent: ArrayRecord) -> None:
+    """Raise ValueError unless `arrays` declare the names, dtypes and shapes of `sent`."""
     faults = [f"{name} is missing" for name in sent if name not in arrays]
     for name, array in arrays.items():
         if name not in sent:
             faults.append(f"{name} should not be there")
-        elif fault := _array_fault(array, sent[name]):
-            faults.append(f"{name} {fault}")
+        elif (array.dtype, tuple(array.shape)) != (sent[name].dtype, tuple(sent[name].shape)):
+            faults.append(f"{name} is {describe(array)}, should be {describe(sent[name])}")
     if faults:
         raise ValueError("; ".join(faults))
 
 
-def _array_fault(array: Array, sent: Array) -> str | None:
+def check_arrays(arrays: ArrayRecord, sent: ArrayRecord) -> None:
+    """Raise ValueError unless `arrays` declare and hold the names, dtypes and shapes of `sent`."""
+    _check_declared(arrays, sent)
+    faults = [f"{name} {fault}" for name in sent if (fault := _fault(arrays[name]))]
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _fault(array: Array) -> str | None:
     try:
-        values = npy.from_array(array)
-    except ValueError as err:
-        return str(err)
-    if str(values.dtype) != sent.dtype or values.shape != tuple(sent.shape):
-        return f"is {values.dtype} {values.shape}, should be {sent.dtype} {tuple(sent.shape)}"
+        npy.from_array(array)
+    except ValueError as error:
+        return str(error)
     return None

@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from flower_adapter import protocol
+from flower_adapter.server.record import LONGEST_LABEL, shown
 from flower_adapter.server.replies import receive
 
 LABEL_TIMEOUT = 600.0  # seconds, the longest wait for labels
+END_TIMEOUT = 30.0  # seconds, the longest wait for the answers at the end of the run
 
 logger = logging.getLogger("flwr")
 
@@ -46,6 +48,9 @@ class Nodes:
 
     def learn(self, labels: Mapping[int, str | None]) -> None:
         """Store the labels from replies. With a seed, warn if labels are missing or equal."""
+        labels = {
+            node: shown(label, LONGEST_LABEL) if label else None for node, label in labels.items()
+        }
         self._labels.update({node: label for node, label in labels.items() if label is not None})
         if self._seed is not None and len(labels) > 1:
             _warn_of_missing_labels(labels)
@@ -65,9 +70,41 @@ class Nodes:
         nodes = set(self._grid.get_node_ids())
         unknown = nodes - self._labels.keys()
         if chosen and unknown and nodes - chosen:
-            self._ask(sorted(unknown))
+            self.ask(unknown)
             messages = self._seeded(configure, name)
         return messages
+
+    def ask(self, nodes: Iterable[int]) -> None:
+        """Ask each of the nodes for its label, unless it was asked before or its label is known."""
+        asked = sorted(set(nodes) - self._labels.keys())
+        if not asked:
+            return
+        queries = [Message(RecordDict(), node, protocol.LABEL_QUERY) for node in asked]
+        answers: dict[int, str | None] = dict.fromkeys(asked)
+        self._labels.update(answers)
+        for reply in receive(self._grid, queries, self._timeout):
+            if reply.metadata.src_node_id in answers:
+                answers[reply.metadata.src_node_id] = protocol.label_of(reply)
+        self.learn(answers)
+
+    def end(self, tokens: Mapping[int, str]) -> None:
+        """Tell each node that the run with its token has ended, and wait briefly for the answers.
+
+        The run is complete without the answers. An exception is therefore only logged.
+        """
+        try:
+            queries = [
+                Message(
+                    RecordDict({"config": ConfigRecord({protocol.RUN: token})}),
+                    node,
+                    protocol.END_QUERY,
+                )
+                for node, token in sorted(tokens.items())
+            ]
+            for _ in receive(self._grid, queries, END_TIMEOUT):
+                pass
+        except Exception:
+            logger.warning("not every client knows that the run has ended", exc_info=True)
 
     def _seeded(self, configure: Configure, name: str) -> list[Message]:
         state = random.getstate()
@@ -76,14 +113,6 @@ class Nodes:
             return list(configure(cast(Grid, _SortedGrid(self._grid, self.order))))
         finally:
             random.setstate(state)
-
-    def _ask(self, nodes: list[int]) -> None:
-        queries = [Message(RecordDict(), node, protocol.LABEL_QUERY) for node in nodes]
-        answers: dict[int, str | None] = dict.fromkeys(nodes)
-        self._labels.update(answers)
-        for reply in receive(self._grid, queries, self._timeout):
-            answers[reply.metadata.src_node_id] = protocol.label_of(reply)
-        self.learn(answers)
 
 
 def _warn_of_missing_labels(labels: Mapping[int, str | None]) -> None:

@@ -1,7 +1,7 @@
 """This module defines the record of a round: metrics, clients, failures, sizes and times."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -9,6 +9,9 @@ from typing import Any, Self
 from flwr.app import ArrayRecord
 
 Metrics = dict[str, Any]  # numbers, or lists of numbers, by name
+
+LONGEST_REASON, LONGEST_LABEL = 500, 100  # characters
+MOST_LEFT_OUT = 1000  # entries that the records of earlier rounds keep, all together
 
 
 @dataclass
@@ -22,6 +25,8 @@ class ClientRecord:
     bytes_sent: int  # size of the arrays to the client
     bytes_received: int  # size of the arrays from the client
     seconds: float  # from the start of sending to the arrival of the reply
+    scaled: float = 1.0  # the guard has multiplied the update by this factor
+    reduced_weight: float | None = None  # the weight that counted, if the guard has reduced it
 
 
 @dataclass
@@ -50,7 +55,8 @@ class RoundRecord:
     server_metrics: Metrics | None = None  # from the server's evaluation
     train_clients: list[ClientRecord] = field(default_factory=list)  # given to the strategy
     evaluate_clients: list[ClientRecord] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)  # see `forget_left_out`
+    num_left_out: int = 0  # with the entries that `left_out` no longer has
     failures: list[str] = field(default_factory=list)  # a sentence for each phase that failed
     bytes_sent: int = 0  # size of all arrays to clients
     bytes_received: int = 0  # size of all arrays from clients, including left-out replies
@@ -90,11 +96,36 @@ class RoundRecord:
         return cls(**{**fields, **rebuilt, "left_out": left_out})
 
 
+def forget_left_out(records: Sequence[RoundRecord]) -> None:
+    """Keep only the newest `MOST_LEFT_OUT` entries of clients that were left out.
+
+    Clients choose the texts in these entries. Without a limit, they could fill the memory of the
+    server and its checkpoints.
+    """
+    room = MOST_LEFT_OUT
+    for record in reversed(records):
+        del record.left_out[room:]
+        room -= len(record.left_out)
+
+
+def shown(text: str, limit: int) -> str:
+    """Return a text from the network as one printable line of at most `limit` characters.
+
+    Control characters, line breaks and invisible characters are escaped, so that the text cannot
+    change what a log or a terminal shows.
+    """
+    cut = text[: limit + 1]
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
 class RoundFailed(RuntimeError):
     """An error: too many rounds in a row have failed.
 
+    If an exception made the last round fail, it is the `__cause__` of this error.
+
     Attributes:
-        phase: "train" or "evaluate".
+        phase: "train", "evaluate", "server-evaluate", "checkpoint" or "on-round".
         server_round: the round, from 1.
         reason: why the last round failed, for example too few good replies.
         left_out: each client without a good reply, with the reason.

@@ -1,6 +1,7 @@
 """Receive replies one by one, and keep them encoded in memory or in a temporary file."""
 
 import copy
+import errno
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -59,11 +60,12 @@ class ReplyStore:
     """A context manager that keeps the encoded arrays of replies.
 
     The first arrays stay in memory until they take `memory` bytes. Further arrays go to a temporary
-    file, which is deleted at the end.
+    file of at most `disk` bytes, which is deleted at the end.
     """
 
-    def __init__(self, memory: int) -> None:
+    def __init__(self, memory: int, disk: int) -> None:
         self._free = memory
+        self._disk = disk
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -74,7 +76,12 @@ class ReplyStore:
             self._file.close()
 
     def keep(self, reply: Message) -> KeptReply:
-        """Move the arrays of a reply into the store."""
+        """Move the arrays of a reply into the store.
+
+        Raises:
+            OSError: the temporary file is full or cannot be written. The replies that are already
+                in the store stay there.
+        """
         records = {k: r for k, r in reply.content.items() if isinstance(r, ArrayRecord)}
         arrays = {key: self._store(record) for key, record in records.items()}
         # The reply gets a new content without arrays, because Flower's typed views can keep the old
@@ -89,14 +96,21 @@ class ReplyStore:
             self._free -= size
             return _InMemory(record)
         if self._file is None:
-            self._file = TemporaryFile()  # noqa: SIM115, closed in __exit__
+            # Unbuffered, so that no bytes of a failed write remain in a buffer.
+            self._file = TemporaryFile(buffering=0)  # noqa: SIM115, closed in __exit__
         start = self._file.seek(0, os.SEEK_END)
+        if start + size > self._disk:
+            raise OSError(
+                errno.ENOSPC,
+                f"the arrays of this reply take {size} bytes, but replies in the temporary file "
+                f"may take {self._disk} bytes (reply_disk), and {start} are taken",
+            )
         layout = [(n, a.dtype, tuple(a.shape), a.stype, len(a.data)) for n, a in record.items()]
         try:
             for array in record.values():
-                self._file.write(array.data)
-            self._file.flush()
+                _write(self._file, array.data)
         except OSError as error:
+            self._file.truncate(start)
             raise OSError(
                 error.errno,
                 f"{error.strerror}: the temporary file for replies cannot be written; use a larger "
@@ -104,6 +118,24 @@ class ReplyStore:
             ) from error
         record.clear()
         return _InFile(self._file, start, layout)
+
+
+def _write(file: IO[bytes], content: bytes) -> None:
+    """Write all bytes. An unbuffered file may write only a part of them at once."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _read(file: IO[bytes], size: int) -> bytes:
+    """Read `size` bytes. An unbuffered file may read only a part of them at once."""
+    content = file.read(size)
+    while len(content) < size:
+        more = file.read(size - len(content))
+        if not more:
+            raise OSError(f"the temporary file for replies ends {size - len(content)} bytes early")
+        content += more
+    return content
 
 
 class _InMemory:
@@ -126,7 +158,7 @@ class _InFile:
         self._file.seek(self._start)
         return ArrayRecord(
             {
-                name: Array(dtype, shape, stype, self._file.read(size))
+                name: Array(dtype, shape, stype, _read(self._file, size))
                 for name, dtype, shape, stype, size in self._arrays
             }
         )

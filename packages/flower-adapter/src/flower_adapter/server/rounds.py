@@ -1,8 +1,9 @@
 """Run the rounds of a federation. The code follows the order of events in a round."""
 
 import logging
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from flower_adapter import protocol
 from flower_adapter.arrays.convert import narrow_like
 from flower_adapter.server.checkpoints import (
     Checkpoint,
@@ -31,7 +31,13 @@ from flower_adapter.server.exchange import (
 from flower_adapter.server.guard import Guard, check_arrays, not_finite
 from flower_adapter.server.nodes import Nodes
 from flower_adapter.server.outer import OuterOptimizer
-from flower_adapter.server.record import Metrics, RoundFailed, RoundRecord
+from flower_adapter.server.record import (
+    LONGEST_REASON,
+    Metrics,
+    RoundFailed,
+    RoundRecord,
+    shown,
+)
 from flower_adapter.server.replies import ReplyStore
 from flower_adapter.server.strategy_state import (
     load_strategy_state,
@@ -47,6 +53,17 @@ logger = logging.getLogger("flwr")
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 Configure = Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]]
+Step = Callable[[Checkpoint, RoundRecord], None]
+
+# The phases of a round in addition to TRAIN and EVALUATE, and what follows when one has failed.
+SERVER_EVALUATE, CHECKPOINT, ON_ROUND = "server-evaluate", "checkpoint", "on-round"
+_CONSEQUENCES = {
+    TRAIN: "the global arrays stay as they were",
+    EVALUATE: "it has no evaluation",
+    SERVER_EVALUATE: "it has no evaluation on the server",
+    CHECKPOINT: "it has no checkpoint, and the next round writes one again",
+    ON_ROUND: "the run goes on",
+}
 
 
 def run_rounds(
@@ -66,6 +83,7 @@ def run_rounds(
     evaluate_fn: EvaluateFn | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
     reply_memory: int = 2**30,
+    reply_disk: int = 2**36,
 ) -> Result:
     """Run the rounds of a federation with any Flower strategy, and return Flower's `Result`.
 
@@ -78,7 +96,12 @@ def run_rounds(
 
     With a guard, a phase (training or evaluation) fails if there are too few good replies. The
     strategy then sees no reply. Training also fails if the new global arrays would hold NaN or Inf.
-    When a phase fails, the global arrays stay as they were.
+    An exception from anywhere in a round also fails its phase and not the run. This includes the
+    server's evaluation ("server-evaluate"), the checkpoint ("checkpoint") and `on_round`
+    ("on-round"). The exception is logged with its traceback. When training fails, the global
+    arrays, the strategy's state and the outer optimizer stay as they were. When a checkpoint cannot
+    be written, the run goes on in memory, and the next round writes one again. Without a guard
+    every exception ends the run.
 
     Args:
         grid: Flower's grid.
@@ -113,19 +136,18 @@ def run_rounds(
             is written.
         reply_memory: how many bytes of replies stay in memory during a phase. Further replies stay
             in a temporary file until they are aggregated.
+        reply_disk: how many bytes this temporary file may take. A reply beyond it is left out.
 
     Raises:
         CheckpointError: another run uses the directory of the checkpoints, this run would overwrite
             checkpoints, or the checkpoint to resume from is damaged or does not fit this run.
-        CodecError: with `compression`, the delta to the new global arrays holds NaN, Inf or values
-            that are too large for the codec, or the strategy sends different models to different
-            clients. Compression needs one model for all clients.
         FileNotFoundError: the path to resume from does not exist, or it holds no checkpoint
             although the directory of `checkpoints` holds one.
         RoundFailed: a phase has failed in `guard.max_failed_rounds` rounds in a row. If the run has
-            fewer rounds, the phase has failed in all of them.
+            fewer rounds, the phase has failed in all of them. Or the checkpoint or `on_round` of
+            the last round has failed. If an exception made the phase fail, it is the `__cause__`.
         TypeError: an argument has the wrong type, checkpoints cannot save the strategy's state, or
-            `evaluate_fn` returns something else than a MetricRecord or None.
+            before the first round `evaluate_fn` returns something else than a MetricRecord or None.
     """
     for name, value, kind in (
         ("strategy", strategy, Strategy),
@@ -144,19 +166,22 @@ def run_rounds(
     nodes = Nodes(grid, seed, timeout)
     exchange = Exchange(grid, nodes, guard, compression, weight_key(strategy), timeout)
     federation = _Federation(
-        strategy, nodes, guard, compression, outer, exchange, num_rounds, reply_memory
+        strategy, guard, compression, outer, exchange, num_rounds, reply_memory, reply_disk
     )
 
-    def finish(state: Checkpoint, record: RoundRecord) -> None:
-        state.server_round = record.server_round
-        state.records.append(record)
+    def write(state: Checkpoint, record: RoundRecord) -> None:
         if checkpoints is not None:
-            with record.timed("checkpoint"):
+            with record.timed(CHECKPOINT):
                 state.states = federation.states()
                 state.random_states = random_states()
                 checkpoints.write(state)
+
+    def report(state: Checkpoint, record: RoundRecord) -> None:
         if on_round is not None:
             on_round(replace(record, arrays=state.arrays))
+
+    def evaluate_on_server(state: Checkpoint, record: RoundRecord) -> None:
+        _evaluate_on_server(state, record, evaluate_fn)
 
     with checkpoints.locked() if checkpoints is not None else nullcontext():
         state = checkpoints.find(arrays) if checkpoints is not None else None
@@ -164,32 +189,39 @@ def run_rounds(
         if state is None:
             state = new_checkpoint(str(grid.run.run_id) if checkpoints is not None else "", arrays)
             record = RoundRecord(0)
-            _evaluate_on_server(state, record, evaluate_fn)
-            finish(state, record)
+            # An exception before the first round ends the run, because it would come again.
+            evaluate_on_server(state, record)
+            state.add(record)
+            write(state, record)
+            report(state, record)
         else:
             federation.load_states(state)
             _replay(state, on_round)
         for phase, given in ((TRAIN, train_config), (EVALUATE, evaluate_config)):
-            config = _first_config(phase, given, state)
-            if checkpoints is not None:
-                config[protocol.RUN] = state.run
-                if state.attempts:
-                    config[protocol.ATTEMPTS] = list(state.attempts)
+            _first_config(phase, given, state)
+        exchange.saved = state if checkpoints is not None else None
 
         for server_round in range(state.server_round + 1, num_rounds + 1):
             logger.info("")
             logger.info("[ROUND %s/%s]", server_round, num_rounds)
             record = RoundRecord(server_round)
             try:
-                federation.train(state, record)
-                federation.evaluate(state, record)
+                federation.attempt(TRAIN, federation.train, state, record)
+                federation.attempt(EVALUATE, federation.evaluate, state, record)
+                federation.attempt(SERVER_EVALUATE, evaluate_on_server, state, record)
+                state.add(record)
+                federation.attempt(CHECKPOINT, write, state, record)
             except RoundFailed:
-                if on_round is not None:
-                    on_round(replace(record, arrays=state.arrays))
+                with suppress(Exception):  # the failed round is the error to report
+                    report(state, record)
                 raise
-            _evaluate_on_server(state, record, evaluate_fn)
-            finish(state, record)
+            federation.attempt(ON_ROUND, report, state, record)
+        nodes.end(exchange.tokens())
     return _result(state)
+
+
+class _PhaseFailed(Exception):
+    """A phase has failed without an exception. The text says why."""
 
 
 @dataclass
@@ -197,46 +229,72 @@ class _Federation:
     """Holds the parts of a run. `train` and `evaluate` run the two phases of a round."""
 
     strategy: Strategy
-    nodes: Nodes
     guard: Guard | None
     compression: Compression | None
     outer: OuterOptimizer | None
     exchange: Exchange
     num_rounds: int
     reply_memory: int
+    reply_disk: int
+
+    def attempt(self, phase: str, step: Step, state: Checkpoint, record: RoundRecord) -> None:
+        """Run a step of a round. With a guard, an exception fails the round and not the run.
+
+        Raises:
+            RoundFailed: this phase has failed in too many rounds in a row.
+        """
+        try:
+            step(state, record)
+        except _PhaseFailed as failure:
+            self._fail(phase, str(failure), None, state, record)
+        except Exception as error:
+            if self.guard is None:
+                raise
+            logger.exception("%s round %d has failed", phase, record.server_round)
+            self._fail(phase, f"{type(error).__name__}: {error}", error, state, record)
+        else:
+            state.failed_rounds[phase] = 0
 
     def train(self, state: Checkpoint, record: RoundRecord) -> None:
         """Let clients train, and compute the new global arrays from their replies."""
-        with ReplyStore(self.reply_memory) as store:
+        with ReplyStore(self.reply_memory, self.reply_disk) as store:
             replies = self._replies(TRAIN, self.strategy.configure_train, state, record, store)
-            if replies is None:
-                return
             record.train_clients = [reply.client for reply in replies]
-            with record.timed("aggregate"):
-                arrays, metrics = self.strategy.aggregate_train(
+            with record.timed("aggregate"), self._restored_on_failure():
+                aggregate, metrics = self.strategy.aggregate_train(
                     record.server_round, self._for_strategy(replies)
                 )
-                arrays, fault = self._next_arrays(state.arrays, arrays)
-        if fault:
-            self._fail(TRAIN, f"the new global arrays are unusable: {fault}", state, record)
-            return
-        record.train_metrics = _noted(metrics)
-        state.failed_rounds[TRAIN] = 0
+                arrays = self._next_arrays(state.arrays, aggregate)
+                record.train_metrics = _noted(metrics)
         state.arrays = arrays
 
     def evaluate(self, state: Checkpoint, record: RoundRecord) -> None:
         """Let clients evaluate the global arrays."""
-        with ReplyStore(self.reply_memory) as store:
+        with ReplyStore(self.reply_memory, self.reply_disk) as store:
             configure = self.strategy.configure_evaluate
             replies = self._replies(EVALUATE, configure, state, record, store)
-            if replies is None:
-                return
             record.evaluate_clients = [reply.client for reply in replies]
             metrics = self.strategy.aggregate_evaluate(
                 record.server_round, self._for_strategy(replies)
             )
         record.evaluate_metrics = _noted(metrics)
-        state.failed_rounds[EVALUATE] = 0
+
+    @contextmanager
+    def _restored_on_failure(self) -> Iterator[None]:
+        """Restore the strategy's state and the outer optimizer if an exception ends the context."""
+        try:
+            saved = deepcopy(strategy_state(self.strategy))
+        except TypeError:  # this state cannot be saved, which only a run with checkpoints needs
+            saved = None
+        velocity = None if self.outer is None else self.outer.state_dict()
+        try:
+            yield
+        except Exception:
+            if saved is not None:
+                load_strategy_state(self.strategy, saved)
+            if self.outer is not None and velocity is not None:
+                self.outer.load_state_dict(velocity)
+            raise
 
     def states(self) -> dict[str, Any]:
         """Return the states that a checkpoint saves: strategy, compression and outer optimizer."""
@@ -268,8 +326,12 @@ class _Federation:
         state: Checkpoint,
         record: RoundRecord,
         store: ReplyStore,
-    ) -> list[GoodReply] | None:
-        """Choose clients and return their good replies, or None if the phase has failed."""
+    ) -> list[GoodReply]:
+        """Choose clients and return their good replies.
+
+        Raises:
+            _PhaseFailed: there are too few good replies.
+        """
         _, config = state.configs[phase]
         before = dict(config)
 
@@ -281,12 +343,12 @@ class _Federation:
             return configure(record.server_round, state.arrays, config, grid)
 
         with record.timed(phase):
-            messages = self.nodes.choose(choose, f"{record.server_round}-{phase}")
-            replies = self.exchange.run(phase, messages, state.arrays, record, store)
+            messages = self.exchange.nodes.choose(choose, f"{record.server_round}-{phase}")
+            usual = _usual_metrics(phase, state.records)
+            replies = self.exchange.run(phase, messages, state.arrays, record, store, usual)
         shortage = self.guard and self.guard.shortage(len(replies), len(messages))
         if shortage:
-            self._fail(phase, shortage, state, record)
-            return None
+            raise _PhaseFailed(shortage)
         return replies
 
     def _for_strategy(self, replies: list[GoodReply]) -> Iterable[Message]:
@@ -298,44 +360,58 @@ class _Federation:
         decoded = DecodedReplies(self.exchange, replies)
         return decoded if isinstance(self.strategy, StreamingFedAvg) else list(decoded)
 
-    def _next_arrays(
-        self, arrays: ArrayRecord, aggregate: ArrayRecord | None
-    ) -> tuple[ArrayRecord, str]:
-        """Return the next global arrays, and a text that says why they are unusable, or ""."""
+    def _next_arrays(self, arrays: ArrayRecord, aggregate: ArrayRecord | None) -> ArrayRecord:
+        """Return the next global arrays.
+
+        Raises:
+            _PhaseFailed: the next global arrays would be unusable.
+        """
         if aggregate is None:
-            return arrays, ""
+            return arrays
         if self.guard is not None:
             aggregate = narrow_like(aggregate, arrays)
-            try:
-                check_arrays(aggregate, arrays)
-            except ValueError as error:
-                return arrays, str(error)
-            if fault := not_finite(aggregate):
-                return arrays, fault
-        if self.outer is None:
-            return aggregate, ""
-        velocity = self.outer.state_dict()
-        moved = self.outer.step(arrays, aggregate)
-        fault = "" if self.guard is None else not_finite(moved)
-        if fault:
-            self.outer.load_state_dict(velocity)
-        return moved, fault
+            self._require_usable(aggregate, arrays)
+        moved = aggregate if self.outer is None else self.outer.step(arrays, aggregate)
+        if self.guard is not None and moved is not aggregate:
+            self._require_usable(moved, arrays)
+        return moved
 
-    def _fail(self, phase: str, reason: str, state: Checkpoint, record: RoundRecord) -> None:
-        """Count a failed phase. Raise `RoundFailed` after too many failed rounds in a row."""
+    def _require_usable(self, new: ArrayRecord, arrays: ArrayRecord) -> None:
+        try:
+            check_arrays(new, arrays)
+            fault = not_finite(new)
+        except ValueError as error:
+            fault = str(error)
+        if fault:
+            raise _PhaseFailed(f"the new global arrays are unusable: {fault}")
+
+    def _fail(
+        self,
+        phase: str,
+        reason: str,
+        error: Exception | None,
+        state: Checkpoint,
+        record: RoundRecord,
+    ) -> None:
+        """Count a failed phase. Raise `RoundFailed` after too many failed rounds in a row.
+
+        The checkpoint and the report of the last round have no later round that makes up for them.
+        """
         assert self.guard is not None
+        reason = shown(reason, LONGEST_REASON)
         record.failures.append(f"{phase}: {reason}")
         in_a_row = state.failed_rounds.get(phase, 0) + 1
         state.failed_rounds[phase] = in_a_row
         left_out = [client for client in record.left_out if client.phase == phase]
         failure = RoundFailed(phase, record.server_round, reason, left_out)
         limit = min(self.guard.max_failed_rounds, self.num_rounds)
-        if in_a_row >= limit:
-            raise failure
+        is_last = phase in (CHECKPOINT, ON_ROUND) and record.server_round == self.num_rounds
+        if in_a_row >= limit or is_last:
+            raise failure from error
         logger.warning(
             "%s; %s (the run fails after %d such rounds in a row, this is number %d)",
             failure,
-            "the global arrays stay as they were" if phase == TRAIN else "it has no evaluation",
+            _CONSEQUENCES[phase],
             limit,
             in_a_row,
         )
@@ -345,7 +421,7 @@ def _evaluate_on_server(
     state: Checkpoint, record: RoundRecord, evaluate_fn: EvaluateFn | None
 ) -> None:
     if evaluate_fn is not None:
-        with record.timed("server-evaluate"):
+        with record.timed(SERVER_EVALUATE):
             metrics = evaluate_fn(record.server_round, state.arrays)
             if not isinstance(metrics, MetricRecord | None):
                 raise TypeError(
@@ -362,8 +438,19 @@ def _noted(metrics: MetricRecord | None) -> Metrics | None:
     return dict(metrics)
 
 
-def _first_config(phase: str, given: ConfigRecord | None, state: Checkpoint) -> ConfigRecord:
-    """Return the config for the next round, which the strategy may change from round to round.
+def _usual_metrics(phase: str, records: Sequence[RoundRecord]) -> Metrics | None:
+    """Return the metrics of a client in the last such phase that did not fail, if there is one."""
+    for record in reversed(records):
+        is_train = phase == TRAIN
+        metrics = record.train_metrics if is_train else record.evaluate_metrics
+        clients = record.train_clients if is_train else record.evaluate_clients
+        if metrics is not None and clients:
+            return clients[0].metrics
+    return None
+
+
+def _first_config(phase: str, given: ConfigRecord | None, state: Checkpoint) -> None:
+    """Set the config for the next round, which the strategy may change from round to round.
 
     The config is kept in `state` together with the values that `run_rounds` was given.
     """
@@ -372,9 +459,7 @@ def _first_config(phase: str, given: ConfigRecord | None, state: Checkpoint) -> 
     if dict(saved) != dict(new):
         logger.warning("the %s config is not that of the saved run; the new one is used", phase)
         present = new
-    config = ConfigRecord(dict(present))
-    state.configs[phase] = (new, config)
-    return config
+    state.configs[phase] = (new, ConfigRecord(dict(present)))
 
 
 def _replay(state: Checkpoint, on_round: Callable[[RoundRecord], None] | None) -> None:
