@@ -5,7 +5,8 @@
 The attacker is the server. It chooses the run config and the weights that it sends, and it
 subtracts them from the weights in the client's reply. The difference is the update. The attacker
 knows the code of the client, the vocabulary, and a text in the same language, but not the client's
-text. The client runs the app's own training. There are two attacks.
+text. The client is the app's own ClientApp, with a data directory. The table says whether it has
+the default policy or a policy that allows everything. There are two attacks.
 
 - `single_window` needs an update of one window and one step. In a model whose blocks write nothing,
   the update of the position embedding t depends on the characters t and t + 1 of the window only.
@@ -30,25 +31,29 @@ followed by its most frequent successor.
 import argparse
 import logging
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Context, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flower_adapter import to_arrays
+from flower_adapter import protocol, to_arrays
 from flower_adapter.arrays import npy
-from flower_adapter.arrays.deltas import encode
+from flower_adapter.arrays.deltas import decode
+from flower_adapter.testing import LocalGrid
 from gpt_core import GPT
 from nanogpt_flower import client_app
+from nanogpt_flower.client_app import app
 from nanogpt_flower.composition import model_config
 from nanogpt_flower.settings import Settings
-from shakespeare_data import Part, load_corpus, partition
+from shakespeare_data import CharTokenizer, load_corpus, partition
 
 Ids = NDArray[np.int64]
 Weights = dict[str, Tensor]
@@ -56,23 +61,45 @@ Weights = dict[str, Tensor]
 POSITIONS = "transformer.wpe.weight"
 TOKENS = "transformer.wte.weight"
 
-# The settings of the attacker. Some rows of the table change some of them.
+# The settings of the attacker. The default policy of a client allows them. The learning rate of
+# step k is 1e-7 k: the warm-up takes it below the least rate that the policy allows.
 ATTACKER = {
     "device": "cpu",
     "precision": "fp32",
     "n-layer": 2,
     "n-head": 1,
     "n-embd": 256,
-    "block-size": 64,
-    "batch-size": 16,
+    "block-size": 32,
+    "batch-size": 104,
     "max-steps": 20,
     "dropout": 0.0,
-    "learning-rate": 1e-5,
+    "learning-rate": 1e-4,
+    "warmup-steps": 1000,
+}
+# The settings of an attacker whose client allows everything.
+ONE_WINDOW = {
+    "n-layer": 1,
+    "n-embd": 64,
+    "block-size": 400,
+    "batch-size": 1,
+    "max-steps": 1,
+    "learning-rate": 1e-3,
     "warmup-steps": 0,
 }
+NO_POLICY = "min-replies = 1"
 
 
 # The client: its own code, and a record of the windows that it drew.
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client of a deployment: its data directory, its text, and its policy file, if any."""
+
+    directory: Path
+    text: NDArray[np.uint16]
+    tokenizer: CharTokenizer
+    policy: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -84,13 +111,36 @@ class Round:
     loss: float
 
 
+class Refused(Exception):
+    """The client has answered with an error. The message is the reason."""
+
+
 def train_client(
-    settings: Settings, weights: Weights, part: Part, *, server_round: int = 1
+    settings: Settings, weights: Weights, client: Client, *, server_round: int = 1
 ) -> Round:
-    """Train on `part` with the app's own code."""
-    model = GPT(model_config(settings, part.tokenizer.vocab_size))
+    """Send one train message to the app, in a new run, and return what comes back.
+
+    Raises:
+        Refused: the client does not train.
+    """
+    LocalGrid(app, 0)  # lets this process make messages, as a ServerApp does
+    model = GPT(model_config(settings, client.tokenizer.vocab_size))
     model.load_state_dict(weights)
     sent = to_arrays(model)
+    config = {
+        "tokenizer": client.tokenizer.to_json(),
+        "server-round": server_round,
+        protocol.MIN_REPLIES: 2,  # an attacker can say this
+    }
+    content = RecordDict({"arrays": sent, "config": ConfigRecord(config)})
+    if settings.uplink != "fp32":
+        header = protocol.CompressionHeader("fp32", settings.uplink, base="", version="")
+        content[protocol.COMPRESSION] = header.to_record()
+    node = {"data-path": str(client.directory)}
+    if client.policy is not None:
+        node["policy"] = str(client.policy)
+    context = Context(1, 2, dict(node), RecordDict(), settings.to_run_config())
+
     drawn: list[Tensor] = []
 
     class RecordedBatches(client_app.Batches):
@@ -99,14 +149,14 @@ def train_client(
             drawn.append(torch.cat([x, y[:, -1:]], dim=1))
             return x, y
 
-    context = Context(1, 2, {}, RecordDict(), settings.to_run_config())
     with patch.object(client_app, "Batches", RecordedBatches):
-        metrics = client_app.train_part(
-            model, part, context, client="client", server_round=server_round
-        )
-    reply = encode(to_arrays(model), sent, settings.uplink).decoded
-    update = positions(reply) - positions(sent)
-    return Round(update, torch.cat(drawn).numpy(), metrics["train-loss"])
+        reply = app(Message(content, 2, "train"), context)
+    if reply.has_error():
+        raise Refused(reply.error.reason)
+    arrays = decode(reply.content["arrays"], sent)
+    update = positions(arrays) - positions(sent)
+    loss = reply.content["metrics"]["train-loss"]
+    return Round(update, torch.cat(drawn).numpy(), float(loss))
 
 
 def positions(arrays: ArrayRecord) -> Tensor:
@@ -243,7 +293,7 @@ def gate_weights(settings: Settings, code: Code, known_text: Ids, *, num_windows
     set_pair(hidden[2 * num_slots], ONE, 1.0)
     set_pair(out.T[2 * num_slots], LARGE, 1e6)
     set_pair(weights[f"{amplifier}mlp.c_fc.weight"][0], LARGE, FLAT / math.sqrt(2 * width))
-    set_pair(weights[f"{amplifier}mlp.c_proj.weight"].T[0], LARGER, 1e16)
+    set_pair(weights[f"{amplifier}mlp.c_proj.weight"].T[0], LARGER, 1e18)
     weights["lm_head.weight"] = tokens
     return weights
 
@@ -351,80 +401,110 @@ class Result:
     loss: float
 
 
-def attack(name: str, settings: Settings, part: Part, known_text: Ids, rounds: int = 1) -> Result:
-    """Run one attack for some rounds, and compare the guesses with the client's windows."""
-    code = Code.of(part.tokenizer.vocab_size)
+def attack(
+    name: str, settings: Settings, client: Client, known_text: Ids, rounds: int = 1
+) -> Result:
+    """Run one attack for some rounds, and compare the guesses with the client's windows.
+
+    Raises:
+        Refused: the client does not train.
+    """
+    code = Code.of(client.tokenizer.vocab_size)
     expected = settings.batch_size * settings.max_steps
     if name == "gates":
         weights = gate_weights(settings, code, known_text, num_windows=expected)
     else:
-        weights = single_window_weights(settings, part.tokenizer.vocab_size)
+        weights = single_window_weights(settings, client.tokenizer.vocab_size)
     guesses: list[Ids] = []
     trained = []
     for server_round in range(1, rounds + 1):
-        trained.append(train_client(settings, weights, part, server_round=server_round))
+        trained.append(train_client(settings, weights, client, server_round=server_round))
         update = trained[-1].update
         guesses += (
             read_gates(update, code) if name == "gates" else [read_single_window(update, weights)]
         )
     windows = np.concatenate([one.windows for one in trained])
-    blind = score(blind_guesses(known_text, settings.block_size), windows, part.train)
-    chance = np.bincount(part.train).max() / len(part.train)
-    return Result(score(guesses, windows, part.train), chance, blind.share, trained[0].loss)
+    blind = score(blind_guesses(known_text, settings.block_size), windows, client.text)
+    chance = np.bincount(client.text).max() / len(client.text)
+    return Result(score(guesses, windows, client.text), chance, blind.share, trained[0].loss)
 
 
-def rows() -> Iterator[tuple[str, str, dict[str, Any], int, int]]:
-    """Yield a title, an attack, settings, a number of rounds, and a length of the text."""
-    one = {"block-size": 400, "max-steps": 1, "n-layer": 1, "n-embd": 64, "learning-rate": 1e-3}
-    few, quick = {"block-size": 256, "batch-size": 8, "max-steps": 10}, {"batch-size": 12}
-    quick |= {"max-steps": 200}
-    preset = quick | {"optimizer": "muon", "learning-rate": 0.004, "warmup-steps": 20}
-    yield "without a policy: 1 window", "single_window", one | {"batch-size": 1}, 1, 0
-    for size in (2, 8, 64):
-        yield f"{size} windows, 1 step", "single_window", one | {"batch-size": size}, 1, 0
-    yield "8 windows, 20 steps", "single_window", one | {"batch-size": 8, "max-steps": 20}, 1, 0
-    yield "20,480 tokens in 80 windows", "gates", few, 1, 0
-    yield "20,480 tokens in 320 windows", "gates", {}, 1, 0
-    yield "the same, 4 rounds", "gates", {}, 4, 0
-    yield "the same, a text of 5,000 characters", "gates", {}, 4, 5000
-    yield "the same, muon", "gates", {"optimizer": "muon"}, 1, 0
-    yield "the same, warm-up 1,000, rate 0.1", "gates", {"warmup-steps": 1000} | rate(0.1), 1, 0
-    for value in (1e-3, 1e-2, 1e-1):
-        yield f"the same, rate {value:g}", "gates", rate(value), 1, 0
-    yield "the same, dropout 0.05", "gates", {"dropout": 0.05}, 1, 0
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: its title, and an attack."""
+
+    title: str
+    changed: dict[str, Any]
+    name: str = "gates"
+    client: str = "default"  # "default", "no policy" or "short"
+    rounds: int = 1
+
+
+def table() -> Iterator[Row]:
+    """Yield the rows. All but the first are within the default policy, or refused by it."""
+    yield Row("no policy, 1 window", ONE_WINDOW, "single_window", "no policy")
+    yield Row("no policy, 8 windows in 1 step", ONE_WINDOW | batch(8), "single_window", "no policy")
+    yield Row("default policy, 1 window", ONE_WINDOW, "single_window")
+    yield Row("default policy, 2,080 windows", {"n-embd": 64}, "single_window")
+    yield Row("2,080 windows of 32", {})
+    yield Row("  in 4 rounds", {}, rounds=4)
+    yield Row("  in 4 rounds, a text of 5,000 characters", {}, client="short", rounds=4)
+    yield Row("  512 channels, windows of 64", {"n-embd": 512, "block-size": 64})
+    yield Row("  muon", {"optimizer": "muon"})
+    yield Row("  200 steps of 12 windows", batch(12) | {"max-steps": 200})
+    for rate in (1e-3, 1e-2, 1e-1):
+        yield Row(f"  rate {rate:g}, no warm-up", {"learning-rate": rate, "warmup-steps": 0})
+    yield Row("  dropout 0.01", {"dropout": 0.01})
     for codec in ("bf16", "int8", "2-bit"):
-        yield f"the same, uplink {codec}", "gates", {"uplink": codec}, 1, 0
-    yield "the same, precision bf16", "gates", {"precision": "bf16"}, 1, 0
-    yield "quick's 2,400 windows", "gates", quick, 1, 0
-    yield "quick's 2,400 windows, rate 0.001", "gates", quick | rate(1e-3), 1, 0
-    yield "quick's 2,400 windows, quick's optimizer", "gates", preset, 1, 0
+        yield Row(f"  uplink {codec}", {"uplink": codec})
+    yield Row("  precision bf16", {"precision": "bf16"})
 
 
-def rate(value: float) -> dict[str, Any]:
-    return {"learning-rate": value}
+def batch(size: int) -> dict[str, Any]:
+    return {"batch-size": size}
+
+
+def clients(directory: Path) -> tuple[dict[str, Client], Ids]:
+    """Write the data directories. Return the clients, and the text that the attacker knows."""
+    corpus = load_corpus("auto")
+    tokenizer = CharTokenizer.from_text(corpus.text)
+    short = directory / "short.txt"
+    short.write_text(corpus.text[:11_200], encoding="utf-8")
+    everything = directory / "policy.toml"
+    everything.write_text(NO_POLICY, encoding="utf-8")
+    found = {}
+    for name, source in (("default", corpus), ("short", load_corpus(str(short)))):
+        parts = partition(source, 2, tokenizer=tokenizer)
+        path = parts.write(directory / name)[0]
+        found[name] = Client(path, parts[0].train, tokenizer)
+    found["no policy"] = replace(found["default"], policy=everything)
+    return found, partition(corpus, 2)[1].train.astype(np.int64)
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    logging.getLogger("flwr").setLevel(logging.WARNING)
-    client, known = partition(load_corpus("auto"), 2)
-    header = ("attack and settings", "windows", "exact", "best", "run", "of text", "chance")
-    print("{:44}{:>8}{:>7}{:>8}{:>6}{:>9}{:>8}{:>10}{:>7}".format(*header, "baseline", "loss"))
-    for title, name, changed, rounds, length in rows():
-        settings = Settings.from_run_config(ATTACKER | changed)
-        part = shortened(client, length) if length else client
-        result = attack(name, settings, part, known.train.astype(np.int64), rounds)
-        found = result.score
-        print(
-            f"{name + ': ' + title:44}{found.windows:8,}{found.exact:7,}{found.share:8.1%}"
-            f"{found.run:6}{found.text_share:9.2%}{result.chance:8.1%}{result.baseline:10.1%}"
-            f"{result.loss:7.2f}",
-            flush=True,
-        )
-
-
-def shortened(part: Part, length: int) -> Part:
-    return Part(part.train[:length], part.val, part.tokenizer, part.name, part.meta)
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    print(
+        f"{'attack and settings':48}{'windows':>8}{'exact':>7}{'best':>8}{'run':>5}{'of text':>9}"
+        f"{'chance':>8}{'baseline':>10}{'loss':>7}"
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        found, known_text = clients(Path(directory))
+        for row in table():
+            settings = Settings.from_run_config(ATTACKER | row.changed)
+            title = row.title if row.title.startswith(" ") else f"{row.name}: {row.title}"
+            try:
+                result = attack(row.name, settings, found[row.client], known_text, row.rounds)
+            except Refused as reason:
+                print(f"{title:48}  {reason}", flush=True)
+                continue
+            got = result.score
+            print(
+                f"{title:48}{got.windows:8,}{got.exact:7,}{got.share:8.1%}{got.run:5}"
+                f"{got.text_share:9.2%}{result.chance:8.1%}{result.baseline:10.1%}"
+                f"{result.loss:7.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
