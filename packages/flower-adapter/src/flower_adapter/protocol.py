@@ -29,7 +29,7 @@ LABEL_ACTION = "label"
 LABEL_QUERY = f"{MessageType.QUERY}.{LABEL_ACTION}"
 
 # The query that a server sends after the last round to each client that keeps a state on disk.
-END_ACTION = "end-of-run"
+END_ACTION = "end_of_run"
 END_QUERY = f"{MessageType.QUERY}.{END_ACTION}"
 
 # The record that describes compressed arrays. A client's context also uses this name, as the
