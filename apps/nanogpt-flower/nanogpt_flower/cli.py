@@ -174,6 +174,29 @@ def presets() -> None:
 
 
 @app.command()
+def policy(
+    check: Annotated[
+        Path | None, typer.Option("--check", help="check this policy file, and print nothing")
+    ] = None,
+) -> None:
+    """Print the default policy of a client, with a comment for each key.
+
+    A policy says what a server may ask of a client. Its operator can change every line.
+
+    \b
+    nanogpt-flower policy > policy.toml
+    nanogpt-flower policy --check policy.toml
+    """
+    from flower_adapter import Policy
+    from nanogpt_flower.client_node import default_policy_text
+
+    if check is None:
+        print(default_policy_text(), end="")
+    else:
+        Policy.read(check)
+
+
+@app.command()
 def runs(output_dir: OutputDir = RUNS) -> None:
     """List the runs, oldest first.
 

@@ -1,25 +1,51 @@
 """The ClientApp, which trains and evaluates the global model on this client's own text."""
 
+import hashlib
+import json
 import logging
+import time
 from dataclasses import asdict
+from math import inf
 
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context
 
 from flower_adapter import (
+    AuditLog,
     DiskState,
+    Refusal,
     compression_mod,
+    derive,
+    policy_mod,
     restore_state,
     save_state,
     torch_client_app,
 )
-from gpt_core import GPT, Progress, build_optimizer, evaluate, learning_rate_at, train_steps
+from gpt_core import (
+    GPT,
+    ConfigError,
+    Progress,
+    build_optimizer,
+    evaluate,
+    learning_rate_at,
+    train_steps,
+)
 from nanogpt_flower import progress
-from nanogpt_flower.client_text import client_part, directory_part, label, text_name
+from nanogpt_flower.client_node import (
+    audit_path,
+    default_policy,
+    is_reproducible,
+    keeps_ended_runs,
+    policy,
+    secret,
+    state_path,
+    text_name,
+)
+from nanogpt_flower.client_text import client_part, directory_part, label, model_tokenizer
 from nanogpt_flower.composition import VOCABULARY, client_seed, model_config, runtime
-from nanogpt_flower.settings import Settings
-from shakespeare_data import Batches, CharTokenizer, Part, sequential_batches
+from nanogpt_flower.settings import Settings, SettingsError
+from shakespeare_data import Batches, Part, sequential_batches
 
 logger = logging.getLogger("flwr.nanogpt_flower")
 
@@ -29,29 +55,115 @@ def build_model(config: ConfigRecord, context: Context) -> GPT:
 
     `torch_client_app` then loads the server's weights into this model.
     """
-    settings = Settings.from_run_config(context.run_config)
-    tokenizer = CharTokenizer.from_json(str(config["tokenizer"]))
-    return GPT(model_config(settings, tokenizer.vocab_size))
+    return GPT(model_config(run_settings(context), model_tokenizer(config).vocab_size))
+
+
+def run_settings(context: Context) -> Settings:
+    """Read the settings of the run.
+
+    Raises:
+        Refusal: the server has set a value that is not allowed.
+    """
+    try:
+        return Settings.from_run_config(context.run_config)
+    except SettingsError as error:
+        raise Refusal("settings", "a setting of the run is not allowed") from error
+
+
+def server_round(config: ConfigRecord) -> int:
+    """Return the round of a message.
+
+    Raises:
+        Refusal: the message has no round.
+    """
+    value = config.get("server-round")
+    if not isinstance(value, int):
+        raise Refusal("message", "server-round is missing")
+    return value
+
+
+def measure(config: ConfigRecord, context: Context) -> dict[str, float]:
+    """Compute what the policy limits, without a model and without the server's arrays."""
+    settings, tokenizer = run_settings(context), model_tokenizer(config)
+    steps = num_steps(settings, client_part(settings, config, context))
+    windows = steps * settings.batch_size
+    try:
+        shape = model_config(settings, tokenizer.vocab_size)
+    except ConfigError as error:
+        raise Refusal("settings", "the shape of the model is not allowed") from error
+    return {
+        "steps": steps,
+        "windows": windows,
+        "tokens": windows * settings.block_size,
+        "parameters": shape.num_parameters(),
+        "vocabulary": tokenizer.vocab_size,
+    }
 
 
 def train(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float]:
     """Train for one round and return the metrics."""
-    settings = Settings.from_run_config(context.run_config)
-    part, server_round = client_part(settings, config, context), int(str(config["server-round"]))
+    settings, at = run_settings(context), server_round(config)
+    part = client_part(settings, config, context)
     logger.info("[%s] trains on %s characters", text_name(context), f"{len(part.train):,}")
-    return train_part(model, part, context, client=label(context), server_round=server_round)
+    client = label(context)
+    if is_reproducible(context):
+        seed = client_seed(settings, client, at)
+    else:
+        seed = secret_seed(model, config, context)
+    rules = policy(context)
+    longest = rules.limits["seconds"].max if rules and "seconds" in rules.limits else inf
+    return train_part(
+        model, part, context, client=client, server_round=at, seed=seed, max_seconds=longest
+    )
+
+
+def secret_seed(model: GPT, config: ConfigRecord, context: Context) -> list[int]:
+    """Return a seed that nobody without the secret of this client can compute.
+
+    A round that a resumed run repeats has the same seed. Any other request has another seed: other
+    weights or other settings in the same round must not show the server the same windows again.
+    """
+    asked = {key: context.run_config.get(key) for key in default_policy().run_config}
+    weights = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        weights.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    request = (
+        str(config.get("tokenizer")),
+        str(config["server-round"]),
+        json.dumps(asked, sort_keys=True),
+        weights.hexdigest(),
+    )
+    return list(derive(secret(context), "draws", *request))
 
 
 def train_part(
-    model: GPT, part: Part, context: Context, *, client: str, server_round: int
+    model: GPT,
+    part: Part,
+    context: Context,
+    *,
+    client: str,
+    server_round: int,
+    seed: list[int],
+    max_seconds: float = inf,
 ) -> dict[str, float]:
     """Train on a text for one round and return the metrics.
 
-    The seed depends on the client's label and on the round. The optimizer continues from its state
-    in `context` at the end of the previous round.
+    The optimizer continues from its state in `context` at the end of the previous round.
+
+    Args:
+        model: the model, which is trained in place.
+        part: the text.
+        context: the settings of the run, and the state of the client.
+        client: the name of the client in the log.
+        server_round: the round, for the log.
+        seed: decides the batches and the dropout.
+        max_seconds: the longest time that the round may take.
+
+    Raises:
+        Refusal: the round takes longer.
     """
-    settings = Settings.from_run_config(context.run_config)
-    seed = client_seed(settings, client, server_round)
+    settings = run_settings(context)
+    deadline = time.monotonic() + max_seconds
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))  # dropout
     run = runtime(settings)
     logger.info("[%s] computes with %s", client, run)
@@ -62,6 +174,8 @@ def train_part(
     steps_before = state["steps"] if state else 0
 
     def learning_rate(step: int) -> float:
+        if time.monotonic() > deadline:
+            raise Refusal("policy", f"the round takes longer than {max_seconds:g} seconds")
         return learning_rate_at(
             steps_before + step, peak=settings.learning_rate, warmup_steps=settings.warmup_steps
         )
@@ -104,9 +218,9 @@ def num_steps(settings: Settings, part: Part) -> int:
 
 def evaluate_part(model: GPT, config: ConfigRecord, context: Context) -> dict[str, float]:
     """Return the loss of the global model on the whole validation text of this client."""
-    settings = Settings.from_run_config(context.run_config)
+    settings = run_settings(context)
     part, run = client_part(settings, config, context), runtime(settings)
-    progress.emit("evaluate", round=int(str(config["server-round"])), client=label(context))
+    progress.emit("evaluate", round=server_round(config), client=label(context))
     batches = sequential_batches(part.val, settings.batch_size, settings.block_size)
     loss = evaluate(run.prepare(model), batches, runtime=run)
     return {"val-loss": loss, "num-examples": len(part.val) - 1}
@@ -115,22 +229,22 @@ def evaluate_part(model: GPT, config: ConfigRecord, context: Context) -> dict[st
 def vocabulary(context: Context) -> ConfigRecord:
     """Return the vocabulary of this client's text. A server that has no text asks for it."""
     tokenizer = directory_part(context).tokenizer
-    return ConfigRecord({"label": text_name(context), "tokenizer": tokenizer.to_json()})
+    return ConfigRecord({"label": label(context), "tokenizer": tokenizer.to_json()})
 
 
-def state_directory(context: Context) -> str | None:
-    """Return the directory where this client keeps its state on disk.
-
-    Return None if the client does not keep its state on disk.
-    """
-    return str(context.node_config.get("state-path", context.run_config["client-state"])) or None
-
-
+audit = AuditLog(audit_path)
 app = torch_client_app(
     build_model,
     train,
     evaluate_part,
     label=label,
     queries={VOCABULARY: vocabulary},
-    mods=[DiskState(state_directory, label=label), compression_mod],
+    skeleton=build_model,
+    mods=[
+        audit,
+        policy_mod(policy, measure=measure, directory=state_path),
+        DiskState(state_path, keep_ended=keeps_ended_runs),
+        compression_mod,
+        audit.update,
+    ],
 )

@@ -6,54 +6,63 @@ keep the texts that they have read, so one process does not read an unchanged fi
 
 from flwr.app import ConfigRecord, Context
 
-from nanogpt_flower.composition import NO_CORPUS, check_vocabulary, parts
+from flower_adapter import Refusal
+from nanogpt_flower.client_node import is_simulated, label_from, secret, text_name
+from nanogpt_flower.composition import (
+    NO_CORPUS,
+    VocabularyMismatch,
+    check_vocabulary,
+    parts,
+)
 from nanogpt_flower.settings import Settings
-from shakespeare_data import CharTokenizer, DataError, Part, load_corpus, read_part
-
-
-def text_name(context: Context) -> str:
-    """Return the name of this client's data directory, or the name of its partition.
-
-    Raises:
-        DataError: the node config names neither a data directory nor a partition.
-    """
-    node = context.node_config
-    if "data-path" in node:
-        return str(node["data-path"])
-    if "partition-id" in node and "num-partitions" in node:
-        return f"partition {int(node['partition-id']):04d} of {int(node['num-partitions'])}"
-    raise DataError(
-        f"the node config {dict(node)} names no data; give the SuperNode \"data-path='…'\", or "
-        '"partition-id=0 num-partitions=2"'
-    )
+from shakespeare_data import CORPORA, CharTokenizer, DataError, Part, load_corpus, read_part
 
 
 def label(context: Context) -> str:
     """Return this client's name, which is the same in every run.
 
-    If the client has a data directory, its name depends on the text and not on the location of the
-    directory. Otherwise the client is named after its partition.
+    A simulated client is named after its partition. The name of any other client depends on its
+    text and its secret, and not on the location of the text.
     """
-    if "data-path" in context.node_config:
-        return f"text {directory_part(context).fingerprint}"
-    return text_name(context)
+    if is_simulated():
+        return text_name(context)
+    has_text = "data-path" in context.node_config
+    text = directory_part(context).fingerprint if has_text else text_name(context)
+    return label_from(secret(context), text)
 
 
 def client_part(settings: Settings, config: ConfigRecord, context: Context) -> Part:
     """Return this client's text, and check that it has the same vocabulary as the model.
 
     Raises:
-        DataError: the client has no text, the text cannot be read, the text is too small, or the
-            client's copy of the corpus differs from the server's copy.
-        VocabularyMismatch: the vocabulary of the text differs from the vocabulary of the model.
+        Refusal: the client has no text, the text cannot be read, the text is too small, the
+            client's copy of the corpus differs from the server's copy, or the vocabulary of the
+            text differs from the vocabulary of the model. The details are in the cause.
     """
-    tokenizer = CharTokenizer.from_json(str(config["tokenizer"]))
-    if "data-path" in context.node_config:
-        part = directory_part(context, block_size=settings.block_size)
-    else:
-        part = _corpus_part(settings, config, context, tokenizer)
-    check_vocabulary(text_name(context), part.tokenizer, "the server's model", tokenizer)
+    tokenizer = model_tokenizer(config)
+    try:
+        if "data-path" in context.node_config:
+            part = directory_part(context, block_size=settings.block_size)
+        else:
+            part = _corpus_part(settings, config, context, tokenizer)
+        check_vocabulary(text_name(context), part.tokenizer, "the server's model", tokenizer)
+    except VocabularyMismatch as error:
+        raise Refusal("vocabulary", "the text has other characters than the model") from error
+    except (DataError, OSError) as error:
+        raise Refusal("data", "this client cannot train on its text with these settings") from error
     return part
+
+
+def model_tokenizer(config: ConfigRecord) -> CharTokenizer:
+    """Read the vocabulary of the model from a message.
+
+    Raises:
+        Refusal: the message holds no vocabulary.
+    """
+    try:
+        return CharTokenizer.from_json(str(config.get("tokenizer", "")))
+    except DataError as error:
+        raise Refusal("message", "tokenizer is not the JSON of a tokenizer") from error
 
 
 def directory_part(context: Context, *, block_size: int = 1) -> Part:
@@ -73,13 +82,22 @@ def _corpus_part(
 ) -> Part:
     """Return this client's partition of the server's corpus."""
     node, name = context.node_config, text_name(context)
-    if config["corpus"] == NO_CORPUS:
+    corpus_name = str(config.get("corpus", ""))
+    if corpus_name == NO_CORPUS:
         raise DataError(f"the server has no corpus, so {name} needs a data-path of its own")
-    corpus = load_corpus(str(config["corpus"]))
-    if corpus.sha256 != config["corpus-sha256"]:
+    if corpus_name not in CORPORA and not is_simulated():
+        # A path in a message must not decide which file this client opens.
+        if "corpus-path" not in node:
+            raise DataError(
+                f"the server's corpus {corpus_name!r} is not built in; if {name} has a copy, give "
+                "the SuperNode \"corpus-path='…'\""
+            )
+        corpus_name = str(node["corpus-path"])
+    corpus = load_corpus(corpus_name)
+    if corpus.sha256 != config.get("corpus-sha256"):
         raise DataError(
             f"the corpus {corpus.name!r} of {name} has SHA-256 {corpus.sha256}, the server's has "
-            f"{config['corpus-sha256']!s}"
+            f"{config.get('corpus-sha256')!s}"
         )
     everyone = parts(settings, corpus, tokenizer, int(node["num-partitions"]))
     return everyone[int(node["partition-id"])]

@@ -35,7 +35,7 @@ from gpt_core import GPT, evaluate
 from nanogpt_flower import progress
 from nanogpt_flower.artifacts import RunDirectory, machine, new_run_name, writable_directory
 from nanogpt_flower.client_app import train_part
-from nanogpt_flower.composition import model_config, parts, runtime
+from nanogpt_flower.composition import client_seed, model_config, parts, runtime
 from nanogpt_flower.interrupts import ENDING_SIGNALS, deferred
 from nanogpt_flower.local.launch import LOG_FILE, PARTS_FILE, Launch, check, run
 from nanogpt_flower.report import name_of, write_comparison
@@ -98,7 +98,8 @@ def train_arm(arm: Arm) -> tuple[GPT, float]:
     context = Context(1, 1, {}, RecordDict(), settings.to_run_config())
     started = time.monotonic()
     for server_round in range(1, settings.num_server_rounds + 1):
-        train_part(model, part, context, client=arm.label, server_round=server_round)
+        seed = client_seed(settings, arm.label, server_round)
+        train_part(model, part, context, client=arm.label, server_round=server_round, seed=seed)
     return model, time.monotonic() - started
 
 

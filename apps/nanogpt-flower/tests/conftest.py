@@ -1,7 +1,9 @@
 import random
+import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,14 @@ TINY = {
     "device": "cpu",
     "learning-rate": 0.01,
 }
+
+
+@pytest.fixture(autouse=True)
+def simulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let clients in this process be simulated ones, unless the test is marked "deployed"."""
+    is_deployed = request.node.get_closest_marker("deployed") is not None
+    ray = SimpleNamespace(is_initialized=lambda: not is_deployed)
+    monkeypatch.setitem(sys.modules, "ray", ray)
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,7 @@ def test_a_run_whose_clients_all_fail_fails_with_their_reason(
         run_app(settings)
     # all rounds of the run have failed, though fewer in a row than max-failed-rounds
     assert "train round 2: 0 good of 2 replies" in str(caught.value)
-    assert str(caught.value).count("block-size 500 needs at least 501") == 2
+    assert str(caught.value).count("data: this client cannot train on its text") == 2
 
 
 def test_a_server_without_text_takes_its_clients_vocabulary(

@@ -43,6 +43,7 @@ from flower_adapter import (
     DiskState,
     Guard,
     OuterOptimizer,
+    Refusal,
     RoundFailed,
     RoundRecord,
     StreamingFedAvg,
@@ -153,7 +154,7 @@ def client_app(
             return {"num-examples": 8, "client-loss": loss_of(model, partition, 0).item()}
 
     if state is not None:
-        mods = [DiskState(state), *mods]
+        mods = [DiskState(state, keep_ended=True), *mods]
     return torch_client_app(lambda config, context: shared_model(), train, evaluate, mods=mods)
 
 
@@ -368,17 +369,17 @@ MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "before a client's state is written": (
         flower_adapter.client.disk,
         "write_file",
-        lambda path, *_: path.match(f"partition 0001/*/.round-{CUT:06d}*"),
+        lambda path, *_: path.match(f"runs/*/.round-{CUT:06d}*"),
     ),
     "before a client's state is moved": (
         Path,
         "replace",
-        lambda path, _: path.match(f"partition 0001/*/.round-{CUT:06d}*"),
+        lambda path, _: path.match(f"runs/*/.round-{CUT:06d}*"),
     ),
     "after a client's state is moved": (
         flower_adapter.client.disk,
         "sync",
-        lambda path: path.match("partition 0001/*") and any(path.glob(f"round-{CUT:06d}*")),
+        lambda path: path.match("runs/*") and any(path.glob(f"round-{CUT:06d}*")),
     ),
 }
 
@@ -522,7 +523,7 @@ def test_a_changed_setting_counts_after_a_resume(tmp_path: Path) -> None:
 def test_failed_rounds_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> None:
     def watch(phase: str, partition: int, server_round: int) -> None:
         if phase == "train" and server_round in (3, 4):
-            raise ValueError("ill")
+            raise Refusal("data", "ill")
 
     def stop(record: RoundRecord) -> None:
         if record.server_round == 3:
@@ -537,7 +538,7 @@ def test_failed_rounds_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> N
         start(parts(), app, on_round=stop, checkpoints=Checkpoints(tmp_path))
     failed = read_checkpoint(tmp_path).records[3]
     assert failed.failures == ["train: 0 good of 3 replies, needs 1"]
-    assert [left.reason for left in failed.left_out] == ["ValueError: ill"] * 3
+    assert [left.reason for left in failed.left_out] == ["data: ill"] * 3
     assert failed.train_metrics is None
     with pytest.raises(RoundFailed, match="train round 4: 0 good of 3 replies"):
         start(parts(), app, checkpoints=Checkpoints(tmp_path, resume=True))
@@ -574,7 +575,7 @@ def test_on_round_gets_each_record_after_its_checkpoint_is_written(tmp_path: Pat
 def test_on_round_gets_the_earlier_records_first_after_a_resume(name: str, tmp_path: Path) -> None:
     def watch(phase: str, partition: int, server_round: int) -> None:
         if (phase, partition, server_round) == ("train", 1, 2):
-            raise ValueError("ill")
+            raise Refusal("data", "ill")
 
     def records_of(resume: bool, directory: Path, evaluate_fn: EvaluateFn) -> list[RoundRecord]:
         records: list[RoundRecord] = []

@@ -1,5 +1,6 @@
 """A client's state on disk, read back by clients that have nothing in memory."""
 
+import hashlib
 import logging
 import os
 from contextlib import nullcontext
@@ -12,8 +13,17 @@ import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from flower_adapter import DiskState, restore_state, save_state
+from flower_adapter.client.disk import run_directory
 from flower_adapter.client.state import drop_state
-from flower_adapter.protocol import ATTEMPTS, RUN
+from flower_adapter.protocol import ATTEMPTS, CLIENT, END_QUERY, KEEPS_STATE, RUN
+
+
+def token(run: str) -> str:
+    """Return the token of a run with this name."""
+    return hashlib.sha256(run.encode()).hexdigest()
+
+
+AA, BB, CC = "a" * 32, "b" * 32, "c" * 32  # ids of attempts
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +46,7 @@ def message(
     if attempts:
         config[ATTEMPTS] = attempts
     if run is not None:
-        config[RUN] = run
+        config[RUN] = token(run)
     return Message(RecordDict({"config": ConfigRecord(config)}), 9, kind)
 
 
@@ -72,8 +82,9 @@ def seen(mod: DiskState, kind: str, server_round: int | None, context: Context, 
     return found[0]
 
 
-def files(directory: Path, run: str = "first", label: str = "partition 0000") -> list[str]:
-    return sorted(path.name for path in (directory / label / run).iterdir())
+def files(directory: Path, run: str = "first") -> list[str]:
+    found = run_directory(directory, token(run)).glob("*.safetensors")
+    return sorted(path.name for path in found)
 
 
 def names_of(*rounds: int) -> list[str]:
@@ -166,14 +177,14 @@ def test_the_state_of_an_abandoned_attempt_is_never_used(tmp_path: Path) -> None
     mod = DiskState(tmp_path)
     train(mod, client(), 1, 2)
     second = client()
-    seen(mod, "evaluate", 1, second, attempts=["1:aa"])
-    assert seen(mod, "train", 3, second, attempts=["1:aa"]) == [1]
-    assert files(tmp_path) == [*names_of(1), "round-000003-aa.safetensors"]
+    seen(mod, "evaluate", 1, second, attempts=[f"1:{AA}"])
+    assert seen(mod, "train", 3, second, attempts=[f"1:{AA}"]) == [1]
+    assert files(tmp_path) == [*names_of(1), f"round-000003-{AA}.safetensors"]
     # The run resumes from the same checkpoint again, so the second attempt is abandoned too.
-    assert seen(mod, "train", 4, client(), attempts=["1:bb"]) == [1]
-    assert files(tmp_path) == [*names_of(1), "round-000004-bb.safetensors"]
+    assert seen(mod, "train", 4, client(), attempts=[f"1:{BB}"]) == [1]
+    assert files(tmp_path) == [*names_of(1), f"round-000004-{BB}.safetensors"]
     # The run resumes from a checkpoint of the third attempt, which counts.
-    assert seen(mod, "train", 5, client(), attempts=["1:bb", "4:cc"]) == [1, 4]
+    assert seen(mod, "train", 5, client(), attempts=[f"1:{BB}", f"4:{CC}"]) == [1, 4]
 
 
 def test_a_client_that_was_not_sampled_for_some_rounds_gets_its_last_state(tmp_path: Path) -> None:
@@ -188,7 +199,7 @@ def test_a_living_context_of_the_same_round_is_left_alone(tmp_path: Path) -> Non
     mod = DiskState(tmp_path)
     here = train(mod, client(), 1)
     save_state(here, name="of an evaluation", value=1)
-    for path in (tmp_path / "partition 0000" / "first").iterdir():
+    for path in run_directory(tmp_path, token("first")).glob("*.safetensors"):
         path.write_bytes(b"unread")
     assert seen(mod, "train", 2, here) == [1]
     assert restore_state(here, name="of an evaluation") == {"value": 1}
@@ -220,10 +231,111 @@ def test_runs_do_not_see_each_other(tmp_path: Path) -> None:
     assert files(tmp_path, "second") == names_of(3)
 
 
-def test_without_checkpoints_the_run_id_of_flower_is_used(tmp_path: Path) -> None:
-    sent = message("train", 1, run=None)
-    DiskState(tmp_path)(sent, client(), work)
-    assert files(tmp_path, str(sent.metadata.run_id)) == names_of(1)
+@pytest.mark.parametrize("bad", [None, "first", "../../out", "A" * 64, "a" * 63, 7])
+def test_a_message_without_a_token_reads_and_writes_nothing(bad: Any, tmp_path: Path) -> None:
+    mod = DiskState(tmp_path)
+    train(mod, client(), 1)
+    before = sorted(tmp_path.rglob("*"))
+    sent = message("train", 2, run=None)
+    if bad is not None:
+        sent.content["config"][RUN] = bad
+    here = client()
+    reply = mod(sent, here, work)
+    assert trained(here) == [2]
+    assert CLIENT not in reply.content
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "attempts", [["../../out"], ["1:aa"], ["x:" + AA], [f"1:{AA}/.."], [1, 2], [f"1:{AA}"] * 1001]
+)
+def test_a_crafted_attempt_name_is_refused(attempts: list[Any], tmp_path: Path) -> None:
+    reply = DiskState(tmp_path)(message("train", 1, attempts=attempts), client(), work)
+    assert (reply.error.reason or "").startswith("message: flower-adapter.attempts is not a list")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("server_round", [-1, 10**9, 2**62])
+def test_a_round_that_a_file_name_cannot_hold_is_refused(server_round: int, tmp_path: Path) -> None:
+    reply = DiskState(tmp_path)(message("train", server_round), client(), work)
+    assert (reply.error.reason or "").startswith("message: server-round is not from 0")
+
+
+def test_only_the_owner_can_enter_the_directories_and_read_the_files(tmp_path: Path) -> None:
+    root = tmp_path / "deep" / "state"
+    train(DiskState(root), client(), 1)
+    directories = [root.parent, root, root / "runs", run_directory(root, token("first"))]
+    assert [path.stat().st_mode & 0o777 for path in directories] == [0o700] * 4
+    assert {p.stat().st_mode & 0o777 for p in root.rglob("*.safetensors")} == {0o600}
+
+
+def test_no_path_tells_the_token(tmp_path: Path) -> None:
+    train(DiskState(tmp_path), client(), 1)
+    assert not any(token("first") in str(path) for path in tmp_path.rglob("*"))
+
+
+def test_the_reply_says_that_the_client_keeps_a_state(tmp_path: Path) -> None:
+    reply = DiskState(tmp_path)(message("train", 1), client(), work)
+    assert reply.content.config_records[CLIENT][KEEPS_STATE] is True
+
+
+def end(mod: DiskState, run: str = "first") -> None:
+    sent = Message(RecordDict({"config": ConfigRecord({RUN: token(run)})}), 9, END_QUERY)
+    assert not mod(sent, client(), work).has_error()
+
+
+def test_the_state_of_a_run_is_deleted_when_the_run_has_ended(tmp_path: Path) -> None:
+    mod = DiskState(tmp_path)
+    train(mod, client(), 1, 2)
+    train(mod, client(), 1, run="second")
+    end(mod)
+    assert not run_directory(tmp_path, token("first")).exists()
+    assert files(tmp_path, "second") == names_of(1)
+
+
+@pytest.mark.parametrize("keeps", [True, lambda _: True])
+def test_the_state_of_a_run_that_has_ended_can_be_kept(keeps: Any, tmp_path: Path) -> None:
+    mod = DiskState(tmp_path, keep_ended=keeps)
+    train(mod, client(), 1, 2)
+    end(mod)
+    assert seen(mod, "train", 3, client()) == [1, 2]
+
+
+def test_another_run_cannot_end_a_run(tmp_path: Path) -> None:
+    mod = DiskState(tmp_path)
+    train(mod, client(), 1)
+    end(mod, "second")
+    assert files(tmp_path) == names_of(1)
+
+
+def test_old_runs_are_deleted_and_too_many_runs_keep_no_state(
+    tmp_path: Path, flower_log: pytest.LogCaptureFixture
+) -> None:
+    mod = DiskState(tmp_path, max_runs=2, max_age=30)
+    train(mod, client(), 1, run="old")
+    train(mod, client(), 1, run="young")
+    train(mod, client(), 1, run="third")
+    assert not run_directory(tmp_path, token("third")).exists()
+    assert "holds the states of 2 runs, so this run keeps no state" in flower_log.text
+    for path in (run_directory(tmp_path, token("old")), *tmp_path.rglob("*")):
+        if token("old") and run_directory(tmp_path, token("old")) in (path, path.parent):
+            os.utime(path, (0, 0))
+    train(mod, client(), 1, run="third")
+    assert not run_directory(tmp_path, token("old")).exists()
+    assert files(tmp_path, "young") == files(tmp_path, "third") == names_of(1)
+
+
+def test_a_run_that_another_process_works_on_is_refused(tmp_path: Path) -> None:
+    mod = DiskState(tmp_path)
+    inner: list[str | None] = []
+
+    def meanwhile(message_: Message, context: Context) -> Message:
+        reply = DiskState(tmp_path)(message("train", 1), client(), work)
+        inner.append(reply.error.reason)
+        return work(message_, context)
+
+    assert not mod(message("train", 1), client(), meanwhile).has_error()
+    assert (inner[0] or "").startswith("state: another process of this client is busy")
 
 
 @pytest.mark.parametrize(
@@ -250,68 +362,20 @@ def test_train_messages_of_any_action_are_kept(tmp_path: Path) -> None:
     assert files(tmp_path) == names_of(1)
 
 
-def test_two_clients_share_a_directory(tmp_path: Path) -> None:
-    mod = DiskState(tmp_path)
-    train(mod, client(0), 1)
-    train(mod, client(1), 2)
-    assert seen(mod, "train", 3, client(0)) == [1]
-    assert seen(mod, "train", 3, client(1)) == [2]
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"partition 0000", "partition 0001"}
-
-
-ODD = [
-    "..",
-    ".",
-    "",
-    "a/b",
-    "../../out",
-    "a\\b",
-    "C:",
-    "ä 語",
-    "new\nline",
-    "%2F",
-    "NUL\0",
-]
-
-
-@pytest.mark.parametrize("label", ODD, ids=ascii)
-def test_a_label_with_odd_characters_gets_one_directory(label: str, tmp_path: Path) -> None:
-    root = tmp_path / "deep" / "state"
-    mod = DiskState(root, label=lambda context: label)
-    train(mod, client(), 1)
-    [file] = tmp_path.rglob("*.safetensors")
-    assert file.relative_to(root).parts[1:] == ("first", *names_of(1))
-    assert seen(mod, "train", 2, client()) == [1]
-
-
-def test_odd_labels_do_not_share_a_directory(tmp_path: Path) -> None:
-    labels = ["a/b", "a%2Fb", "a b", "a+b", "a%20b", "A/B"]
-    for label in labels:
-        mod = DiskState(tmp_path, label=lambda context, label=label: label)  # type: ignore[misc]
-        train(mod, client(), 1)
-    assert len(list(tmp_path.iterdir())) == len(labels)
-
-
-@pytest.mark.parametrize("run", ["..", "a/b"])
-def test_a_run_id_with_odd_characters_gets_one_directory(run: str, tmp_path: Path) -> None:
-    mod = DiskState(tmp_path)
-    train(mod, client(), 1, run=run)
-    [file] = tmp_path.rglob("*.safetensors")
-    assert len(file.resolve().relative_to(tmp_path / "partition 0000").parts) == 2
-
-
 @pytest.mark.parametrize("size", [0, 1, 8, 100, -1])
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
-def test_the_error_reply_for_a_damaged_file_names_it(kind: str, size: int, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_and_only_the_log_names_it(
+    kind: str, size: int, tmp_path: Path, flower_log: pytest.LogCaptureFixture
+) -> None:
     mod = DiskState(tmp_path)
     train(mod, client(), 1)
     [file] = tmp_path.rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:size])
     reply = mod(message(kind, 2), client(), lambda *_: pytest.fail("the client worked"))
     assert reply.has_error()
-    assert str(file) in reply.error.reason
-    assert reply.error.reason.startswith("StateFormatError: ")
+    assert reply.error.reason.startswith("state: the saved state of this client is damaged")
+    assert str(tmp_path) not in reply.error.reason
+    assert str(file) in flower_log.text
 
 
 def test_a_full_disk_gives_an_error_reply_and_leaves_the_last_round(
@@ -328,7 +392,7 @@ def test_a_full_disk_gives_an_error_reply_and_leaves_the_last_round(
         patch.setattr("flower_adapter.client.disk.write_file", full)
         reply = mod(message("train", 2), here, work)
     assert reply.has_error()
-    assert "No space left on device" in reply.error.reason
+    assert reply.error.reason.startswith("state: this client cannot read or write its state")
     assert trained(here) == []  # the next message restores the last round from the disk
     assert seen(mod, "train", 2, here) == [1]
     assert seen(mod, "train", 2, client()) == [1]
@@ -361,10 +425,7 @@ def test_a_client_with_only_later_rounds_warns_and_starts_without_state(
     living = train(mod, client(), *range(1, 6))
     assert seen(mod, "train", 3, living) == []
     [warning] = [r.getMessage() for r in flower_log.records if r.levelno == logging.WARNING]
-    assert (
-        "run first has no state up to round 2, only of rounds 4, 5: starting without a state"
-        in warning
-    )
+    assert "has no state up to round 2, only of rounds 4, 5: starting without a state" in warning
 
 
 def test_a_home_directory_can_be_abbreviated(
@@ -378,7 +439,7 @@ def test_a_home_directory_can_be_abbreviated(
 def test_a_half_written_file_is_not_read(tmp_path: Path) -> None:
     mod = DiskState(tmp_path)
     train(mod, client(), 1)
-    directory = tmp_path / "partition 0000" / "first"
+    directory = run_directory(tmp_path, token("first"))
     (directory / ".round-000002.safetensors").write_bytes(b"half")
     assert seen(mod, "train", 2, client()) == [1]
     assert files(tmp_path) == names_of(1, 2)

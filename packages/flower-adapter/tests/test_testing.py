@@ -8,7 +8,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
-from flower_adapter import RoundFailed, run_rounds, testing, to_arrays, torch_client_app
+from flower_adapter import run_rounds, testing, to_arrays, torch_client_app
 from flower_adapter.testing import LocalGrid
 
 
@@ -136,17 +136,16 @@ def test_a_value_error_of_a_client_app_is_an_error_reply(message_type: str) -> N
         assert message_type.split(".")[-1] in reply.error.reason
 
 
-def test_any_other_exception_of_a_client_app_fails_the_round_or_without_a_guard_the_test() -> None:
-    def train(model: nn.Module, config: ConfigRecord, context: Context) -> dict[str, float]:
+def test_any_other_exception_of_a_client_app_is_raised_to_the_test() -> None:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
         raise KeyError("a bug")
 
-    grid = LocalGrid(torch_client_app(lambda config, context: nn.Linear(2, 1), train), 2)
-    start = to_arrays(nn.Linear(2, 1))
-    with pytest.raises(RoundFailed, match="KeyError: 'a bug'") as caught:
-        run_rounds(grid, FedAvg(), start, num_rounds=1)
-    assert isinstance(caught.value.__cause__, KeyError)
+    grid = LocalGrid(app, 2)
     with pytest.raises(KeyError, match="a bug"):
-        run_rounds(grid, FedAvg(), start, num_rounds=1, guard=None)
+        run_rounds(grid, FedAvg(), to_arrays(nn.Linear(2, 1)), num_rounds=1, guard=None)
 
 
 def test_each_reply_can_be_pulled_once_by_the_id_of_its_message() -> None:

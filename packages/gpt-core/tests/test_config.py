@@ -1,6 +1,6 @@
 import pytest
 
-from gpt_core import ConfigError, GPTConfig
+from gpt_core import GPT, ConfigError, GPTConfig
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,15 @@ def test_settings_survive_a_dictionary(tiny: GPTConfig) -> None:
 def test_an_unknown_setting_is_named() -> None:
     with pytest.raises(ConfigError, match="n_layers"):
         GPTConfig.from_dict({"n_layers": 2})
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("n_layer", "n_head", "n_embd"), [(1, 1, 3), (3, 2, 8)])
+def test_the_number_of_parameters_is_that_of_a_model(
+    bias: bool, n_layer: int, n_head: int, n_embd: int
+) -> None:
+    config = GPTConfig(
+        vocab_size=11, block_size=7, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=bias
+    )
+    model = GPT(config)
+    assert config.num_parameters() == sum(p.numel() for p in model.parameters())

@@ -6,6 +6,8 @@ record `COMPRESSION`. A reply from a client carries the record `CLIENT`. If the 
 `COMPRESSION` and the client uses `compression_mod`, the reply carries `COMPRESSION` too.
 """
 
+import hashlib
+import re
 from typing import Any, NamedTuple, cast
 
 from flwr.app import ConfigRecord, Context, Message, MessageType
@@ -18,7 +20,10 @@ NUM_EXAMPLES = "num-examples"
 MIN_REPLIES = "flower-adapter.min-replies"  # fewest replies from which the server takes a mean
 
 # Keys of the config record, set by a server that writes checkpoints.
-RUN = "flower-adapter.run"  # id of the first attempt of the run, the same after each resume
+# The first one is the token of the run for this client: 64 hex digits, the same after each resume.
+# The server derives it from a secret in its checkpoints and from the client's label. No other
+# client and no other server knows it.
+RUN = "flower-adapter.run"
 ATTEMPTS = "flower-adapter.attempts"  # "4:1f0c…" for each resume: round before it, attempt id
 
 # The record in a reply that names the client.
@@ -44,8 +49,13 @@ REPLY_RECORDS = frozenset({CLIENT, COMPRESSION})  # the config records that a re
 # client does not share.
 PERSONAL = "flower-adapter.personal"
 
+# The record in a client's context that holds the client's own secret.
+OWN_SECRET = "flower-adapter.own-secret"
+
 # The record in a client's context that names the file on disk with the same state.
 DISK_STATE = "flower-adapter.disk-state"
+
+_TOKEN = re.compile("[0-9a-f]{64}")
 
 
 class CompressionHeader(NamedTuple):
@@ -122,6 +132,17 @@ def default_label(context: Context) -> str:
 def label_record(label: str) -> ConfigRecord:
     """Return the record in which a reply carries its client's label."""
     return ConfigRecord({LABEL: label})
+
+
+def token_of(config: ConfigRecord) -> str | None:
+    """Return the token that proves to a client that a message comes from the server of its run."""
+    token = config.get(RUN)
+    return token if isinstance(token, str) and _TOKEN.fullmatch(token) else None
+
+
+def digest(token: str) -> str:
+    """Return a name for a run that does not tell its token."""
+    return hashlib.sha256(token.encode()).hexdigest()[:32]
 
 
 def label_of(reply: Message) -> str | None:

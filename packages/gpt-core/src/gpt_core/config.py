@@ -49,6 +49,16 @@ class GPTConfig:
                 f"gelu_approximate is {self.gelu_approximate!r}; it must be 'none' or 'tanh'"
             )
 
+    def num_parameters(self) -> int:
+        """Return the number of parameters of a GPT of this shape, with its position embeddings.
+
+        The number is computed without a model, so it costs no memory.
+        """
+        n, has_bias = self.n_embd, int(self.bias)
+        norm = n * (1 + has_bias)
+        block = 12 * n * n + 9 * n * has_bias + 2 * norm  # attention 4 n^2, MLP 8 n^2
+        return (self.vocab_size + self.block_size) * n + self.n_layer * block + norm
+
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as a dictionary that JSON can hold."""
         return asdict(self)

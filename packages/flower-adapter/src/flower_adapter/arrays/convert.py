@@ -147,6 +147,36 @@ def load_arrays(module: nn.Module, record: ArrayRecord, *, select: Selection | N
             _write(target, values)
 
 
+def check_fit(module: nn.Module, record: ArrayRecord, *, select: Selection | None = None) -> None:
+    """Compare the names and shapes of a record with a module, which may be on the meta device.
+
+    With `select` the record may lack names, because the module holds more than what travels.
+
+    Raises:
+        ArrayMismatch: a name is missing or unexpected, a shape differs, or an array holds other
+            bytes than it declares.
+    """
+    arrays = _bare_names(record, known=module.state_dict())
+    tensors = _bare_names(module.state_dict(keep_vars=True))
+    mismatches = {}
+    for name, array in arrays.items():
+        try:
+            shape = npy.from_array(array).shape
+        except ValueError as error:
+            mismatches[name] = str(error)
+            continue
+        if name not in tensors:
+            mismatches[name] = f"is {describe(array)}, should not be there"
+        elif shape != tuple(tensors[name].shape):
+            mismatches[name] = f"is {describe(array)}, should be {describe(tensors[name])}"
+    sent = {id(tensors[name]) for name in arrays if name in tensors}
+    for name, tensor in tensors.items():
+        if select is None and id(tensor) not in sent:  # tied names share one tensor
+            mismatches[name] = f"is missing, should be {describe(tensor)}"
+    if mismatches:
+        raise ArrayMismatch(type(module).__name__, mismatches)
+
+
 def signature(module_or_state_dict: nn.Module | Mapping[str, Tensor]) -> dict[str, str]:
     """Return the dtype and shape of each parameter and buffer, such as "float32 (3, 4)"."""
     return {name: describe(tensor) for name, tensor in _named_tensors(module_or_state_dict).items()}

@@ -1,27 +1,25 @@
 """Build a Flower `ClientApp` from a torch model and a train function.
 
-When a ClientApp raises an exception, Flower sends an error to the server. In a deployment the error
-holds the exception's type and text. In a simulation it holds Ray's traceback, which contains the
-text. In this module ValueError, ArithmeticError and OSError mean bad input or a failed computation.
-The client catches these three and answers with an error reply that holds only the exception's class
-and text. This reply is the same in a deployment and in a simulation. Flower handles all other
-exceptions.
+The client answers every message. If a function raises an exception, the server gets an error reply
+with a code and a sentence. The exception and its traceback go to the client's log alone (see
+`flower_adapter.client.refusals`).
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
 from flower_adapter import protocol
-from flower_adapter._flwr import ErrorCode, Mod
-from flower_adapter.arrays.convert import entries, load_arrays, to_arrays
+from flower_adapter._flwr import Mod
+from flower_adapter.arrays.convert import check_fit, entries, load_arrays, to_arrays
 from flower_adapter.arrays.selection import Selection
-from flower_adapter.client.replies import refuse
+from flower_adapter.client.refusals import Refusal, refusing_mod
 from flower_adapter.client.state import restore_state, save_state
 
 Metrics: TypeAlias = Mapping[str, float | int]
@@ -30,8 +28,6 @@ BuildModel: TypeAlias = Callable[[ConfigRecord, Context], Model]
 Work: TypeAlias = Callable[[Model, ConfigRecord, Context], Metrics]
 Query: TypeAlias = Callable[[Context], ConfigRecord]
 Handler: TypeAlias = Callable[[Message, Context], Message]
-
-REFUSED = (ValueError, ArithmeticError, OSError)
 
 
 def torch_client_app(
@@ -42,6 +38,7 @@ def torch_client_app(
     label: Callable[[Context], str] = protocol.default_label,
     queries: Mapping[str, Query] | None = None,
     select: Selection | None = None,
+    skeleton: BuildModel[Model] | None = None,
     mods: Sequence[Mod] = (),
 ) -> ClientApp:
     """Return a ClientApp that trains and evaluates the model that the server sends.
@@ -66,18 +63,23 @@ def torch_client_app(
         select: chooses the arrays that travel (see `flower_adapter.arrays.selection`). Trained
             parameters and buffers that are not selected stay in the client's context from round to
             round. Frozen parameters that are not selected keep the values from `build_model`.
+        skeleton: makes the same module as `build_model`. It runs on torch's meta device, where
+            tensors have a shape and no memory. The server's arrays are compared with this module
+            before `build_model` takes any memory.
         mods: mods from Flower and from this package, the outermost first, for example
             `[DiskState("/data/state"), compression_mod]`.
 
-    If one of the functions raises ValueError (such as ArrayMismatch), ArithmeticError or OSError,
-    the client logs the exception with its traceback. The server gets the exception's class and
-    text.
+    If one of the functions raises an exception, the client logs it with its traceback, and the
+    server gets the name of the exception's class. To tell the server more, raise a `Refusal`.
     """
-    app = ClientApp(mods=list(mods))
+    app = _AnsweringClientApp([refusing_mod, *mods])
 
     def run(work: Work[Model], message: Message, context: Context) -> tuple[str, Model, RecordDict]:
         key, arrays = _single_arrays(message)
         config = protocol.config_of(message)
+        if skeleton is not None:
+            with torch.device("meta"):
+                check_fit(skeleton(config, context), arrays, select=select)
         model = build_model(config, context)
         if select is not None:
             _load_personal(model, context, select)
@@ -87,7 +89,6 @@ def torch_client_app(
         return key, model, RecordDict({"metrics": metrics, protocol.CLIENT: client})
 
     @app.train()
-    @_refusing
     def handle_train(message: Message, context: Context) -> Message:
         key, model, records = run(train, message, context)
         records[key] = to_arrays(model, select=select)
@@ -98,7 +99,6 @@ def torch_client_app(
     if evaluate is not None:
 
         @app.evaluate()
-        @_refusing
         def handle_evaluate(message: Message, context: Context) -> Message:
             _, _, records = run(evaluate, message, context)
             return Message(records, reply_to=message)
@@ -111,23 +111,32 @@ def torch_client_app(
     return app
 
 
+class _AnsweringClientApp(ClientApp):
+    """A ClientApp whose mods see every message, also one of a type that it does not answer.
+
+    Flower's own ClientApp raises ValueError for such a message before it calls a mod.
+    """
+
+    def __init__(self, mods: Sequence[Mod]) -> None:
+        super().__init__()
+        handler: Handler = super().__call__
+        for mod in reversed(mods):
+            handler = partial(_handle, mod, handler)
+        self._handler = handler
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        return self._handler(message, context)
+
+
+def _handle(mod: Mod, call_next: Handler, message: Message, context: Context) -> Message:
+    return mod(message, context, call_next)
+
+
 def _answering(answer: Query) -> Handler:
-    @_refusing
     def handle_query(message: Message, context: Context) -> Message:
         return Message(RecordDict({protocol.CLIENT: answer(context)}), reply_to=message)
 
     return handle_query
-
-
-def _refusing(handler: Handler) -> Handler:
-    @wraps(handler)
-    def handle(message: Message, context: Context) -> Message:
-        try:
-            return handler(message, context)
-        except REFUSED as error:
-            return refuse(message, error, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
-
-    return handle
 
 
 def _personal(model: nn.Module, select: Selection) -> set[str]:
@@ -157,7 +166,7 @@ def _load_personal(model: nn.Module, context: Context, select: Selection) -> Non
 def _single_arrays(message: Message) -> tuple[str, ArrayRecord]:
     records = list(message.content.array_records.items())
     if len(records) != 1:
-        raise ValueError(f"the message holds {len(records)} ArrayRecords, should hold one")
+        raise Refusal("message", f"holds {len(records)} ArrayRecords, should hold one")
     return records[0]
 
 

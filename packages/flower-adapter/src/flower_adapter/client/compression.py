@@ -6,7 +6,8 @@ from flower_adapter import protocol
 from flower_adapter._flwr import ClientAppCallable
 from flower_adapter.arrays.codecs import CodecError, codec
 from flower_adapter.arrays.deltas import decode, encode
-from flower_adapter.client.replies import refuse
+from flower_adapter.arrays.npy import from_array
+from flower_adapter.client.refusals import Refusal, refuse
 from flower_adapter.client.state import drop_state, restore_state, save_state
 
 _MODEL = f"{protocol.COMPRESSION}.model"  # the model that server and client both hold
@@ -34,8 +35,10 @@ def compression_mod(message: Message, context: Context, call_next: ClientAppCall
         for name in (header.downlink, header.uplink):
             codec(name)
         key, received = _decode(message.content, context, header)
-    except ValueError as error:
+    except Refusal as error:
         return refuse(message, error)
+    except ValueError as error:
+        return refuse(message, _refusal("this client cannot decode the arrays", error))
     if key is None:
         return call_next(message, context)
     message.content[key] = received
@@ -45,9 +48,15 @@ def compression_mod(message: Message, context: Context, call_next: ClientAppCall
     try:
         _encode(reply.content, received, context, header)
     except CodecError as error:
-        return refuse(message, error)
+        return refuse(message, _refusal("this client cannot encode its arrays", error))
     reply.content[protocol.COMPRESSION] = header.to_record()
     return reply
+
+
+def _refusal(sentence: str, cause: Exception) -> Refusal:
+    refusal = Refusal("compression", sentence)
+    refusal.__cause__ = cause
+    return refusal
 
 
 def _decode(
@@ -68,13 +77,17 @@ def _decode(
         version = model and model["version"]
         if model is None or version != header.base:
             drop_state(context, name=_MODEL)
-            raise CodecError(
-                f"the message needs version {header.base} of the model, but this client has "
-                f"{version or 'none'}; the server will send the whole model next time"
+            raise Refusal(
+                "compression",
+                "this client does not hold the model to which the message is a delta; the server "
+                "will send the whole model next time",
             )
         if header.version == header.base:  # the client has this model already
             return key, model["arrays"]
         arrays = decode(arrays, model["arrays"])
+    else:
+        for array in arrays.values():
+            from_array(array)  # raises ValueError if the array holds other bytes than it declares
     if header.version:
         save_state(context, name=_MODEL, version=header.version, arrays=arrays)
     return key, arrays
