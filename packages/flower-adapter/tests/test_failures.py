@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import FedAdagrad, FedAvg, FedAvgM
 from grids import (
     Answer,
     Answering,
+    Clock,
     data,
     good,
     moved,
@@ -94,14 +95,12 @@ PHASES = {
     "evaluate_fn": "server-evaluate",
     "on_round": "on-round",
     "push train": "train",
-    "pull train": "train",
     "push evaluate": "evaluate",
-    "pull evaluate": "evaluate",
 }
 
 
 class BreakingGrid(Answering):
-    """Raises an exception when messages of one phase and round are pushed or pulled."""
+    """Raises an exception when messages of one phase and round are pushed."""
 
     def __init__(self, broken: str, error: BaseException) -> None:
         super().__init__(lambda message, _: good(1.0 if message else 0.0), 3)
@@ -116,11 +115,6 @@ class BreakingGrid(Answering):
         if self.now[1] == FAILING and self.broken == f"push {self.now[0]}":
             raise self.error
         return super().push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        if self.now[1] == FAILING and self.broken == f"pull {self.now[0]}":
-            raise self.error
-        return super().pull_messages(message_ids)
 
 
 def broken_run(broken: str, error: BaseException, num_rounds: int = 3, **options: Any) -> Any:
@@ -528,9 +522,49 @@ def test_a_reply_with_other_metrics_than_most_is_left_out_with_their_names() -> 
     }
 
 
-def test_a_reply_of_a_node_that_was_not_asked_is_ignored(
-    flower_log: pytest.LogCaptureFixture,
+class Unreadable(Answering):
+    """The reply of partition 1 raises an exception each of the first `times` times."""
+
+    def __init__(self, error: Exception, times: int) -> None:
+        super().__init__(lambda _, partition: good(1.0 + partition), 3)
+        self.error, self.times = error, times
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        message_ids = list(message_ids)
+        [message] = [m for m in self.sent if m.metadata.message_id in message_ids]
+        if self.partition(message.metadata.dst_node_id) == 1 and self.times > 0:
+            self.times -= 1
+            raise self.error
+        return super().pull_messages(message_ids)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_reply_that_flower_cannot_read_is_left_out(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    Clock(monkeypatch)
+    grid = Unreadable(error, times=99)
+    result, [_, first] = run(grid)
+    assert values(result.arrays)["w"] == [2.0, 2.0]
+    assert str(error.args[-1]) in reasons(grid, first)[1]
+    assert grid.times == 96
+
+
+def test_a_link_that_fails_for_a_moment_loses_no_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
+    _, [_, first] = run(Unreadable(ConnectionError("gone"), times=2))
+    assert len(first.train_clients) == 3
+
+
+def test_without_a_guard_a_reply_that_flower_cannot_read_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Clock(monkeypatch)
+    with pytest.raises(KeyError, match="ill"):
+        run(Unreadable(KeyError("ill"), times=99), guard=None)
+
+
+def test_a_reply_that_says_it_comes_from_another_node_is_left_out() -> None:
     class Foreign(Answering):
         def reply(self, message: Message) -> Message:
             reply = super().reply(message)
@@ -541,8 +575,7 @@ def test_a_reply_of_a_node_that_was_not_asked_is_ignored(
     grid = Foreign(lambda _, partition: good(1.0 + partition), 2)
     result, [_, first] = run(grid)
     assert values(result.arrays)["w"] == [1.0, 1.0]
-    assert reasons(grid, first) == {1: "no reply in time"}
-    assert "ignored a reply of node 77" in flower_log.text
+    assert reasons(grid, first) == {1: "says that it comes from node 77"}
 
 
 # The temporary file for replies

@@ -102,20 +102,16 @@ class Exchange:
         labels: dict[int, str | None] = {}
         arrived: dict[int, int] = {}  # by node id: size of the arrays in its reply
         faults = dict.fromkeys(sent, NO_REPLY)  # by node id: why the node has no good reply
-        for reply in receive(self.grid, messages, self.timeout):
+        for node, reply in receive(self.grid, messages, self.timeout):
             seconds = time.monotonic() - started
-            node = reply.metadata.src_node_id
-            if node not in faults:
-                logger.warning("ignored a reply of node %d, which nobody waits for", node)
-                continue
-            arrived[node] = 0
-            if not reply.has_error():
-                arrived[node] = _num_bytes(reply)
-                labels[node] = protocol.label_of(reply)
-            record.bytes_received += arrived[node]
             try:
+                if isinstance(reply, Exception):
+                    raise reply
+                arrived[node] = _num_bytes(reply)
+                record.bytes_received += arrived[node]
                 with record.timed("decode"):
-                    update = self._check(reply, arrays if phase == TRAIN else None)
+                    labels[node] = protocol.label_of(reply)
+                    update = self._check(node, reply, arrays if phase == TRAIN else None)
                 kept = store.keep(reply)
             except Exception as error:
                 faults[node] = self._fault(node, error)
@@ -199,15 +195,17 @@ class Exchange:
             )
         return messages
 
-    def _check(self, reply: Message, sent: ArrayRecord | None) -> Update:
+    def _check(self, node: int, reply: Message, sent: ArrayRecord | None) -> Update:
         """Return the size of the update in a reply. Raise ValueError if the reply is unusable."""
         if reply.has_error():
             raise ValueError(reply.error.reason or f"error code {reply.error.code}")
+        if reply.metadata.src_node_id != node:
+            raise ValueError(f"says that it comes from node {reply.metadata.src_node_id}")
         header = reply.content.pop(protocol.COMPRESSION, None)
         if self.guard is not None:
             self.guard.check_declared(reply.content, self.weight_key, sent)
         if self.compression is not None:
-            self.compression.note_answer(reply.metadata.src_node_id, header)
+            self.compression.note_answer(node, header)
         content = self._decode(reply.content)
         if self.guard is None:
             return NO_UPDATE
@@ -224,8 +222,8 @@ class Exchange:
             return error.strerror or str(error)
         if self.guard is None:
             raise error
-        logger.warning("the reply of node %d cannot be checked", node, exc_info=error)
-        return f"{type(error).__name__}: {error}"
+        logger.warning("the reply of node %d cannot be read", node, exc_info=error)
+        return f"its reply cannot be read: {type(error).__name__}: {error}"
 
     def _decode(self, content: RecordDict) -> RecordDict:
         """Return the content of a reply with decoded arrays."""
@@ -323,5 +321,7 @@ def _metrics(reply: Message) -> Metrics:
 
 
 def _num_bytes(message: Message) -> int:
+    if message.has_error():
+        return 0
     records = message.content.values()
     return sum(num_bytes(record) for record in records if isinstance(record, ArrayRecord))
