@@ -518,8 +518,37 @@ def test_a_reply_with_other_metrics_than_most_is_left_out_with_their_names() -> 
     result, [_, first] = run(grid)
     assert values(result.arrays)["w"] == [2.0, 2.0]
     assert reasons(grid, first) == {
-        1: "has other metrics than most replies: lacks loss, has lost in addition"
+        1: "differs from most replies: lacks the metric loss, has the metric lost"
     }
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, StreamingFedAvg])
+@pytest.mark.parametrize("key", ["arrays", "metrics"])
+def test_a_reply_whose_records_have_other_names_is_left_out(
+    key: str, strategy: type[FedAvg]
+) -> None:
+    renamed = RecordDict({(f"{k}2" if k == key else k): r for k, r in good(9.0, "a").items()})
+    grid = scripted(renamed, good(1.0, "b"), good(3.0, "c"))
+    result, [_, first] = run(grid, strategy(fraction_evaluate=0.0))
+    assert values(result.arrays)["w"] == [2.0, 2.0]
+    assert reasons(grid, first) == {
+        0: f"differs from most replies: lacks the record {key}, has the record {key}2"
+    }
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, FedAvgM, StreamingFedAvg])
+def test_the_order_of_the_arrays_in_a_reply_does_not_matter(strategy: type[FedAvg]) -> None:
+    def turned(content: RecordDict) -> RecordDict:
+        arrays = ArrayRecord(dict(reversed(content["arrays"].items())))
+        return RecordDict({**content, "arrays": arrays})
+
+    def outcome(first: RecordDict) -> dict[str, bytes]:
+        grid = scripted(first, good(3.0, "b"))
+        result, _ = run(grid, strategy(fraction_evaluate=0.0), num_rounds=2)
+        assert list(result.arrays) == ["w", "n"]
+        return data(result.arrays)
+
+    assert outcome(turned(good(1.0, "a"))) == outcome(good(1.0, "a"))
 
 
 class Unreadable(Answering):

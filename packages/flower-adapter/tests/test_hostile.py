@@ -136,7 +136,7 @@ def array_records(draw: st.DrawFn) -> ArrayRecord:
         record[draw(names)] = draw(arrays)
     if draw(st.integers(0, 5)) == 0:
         record.pop(draw(st.sampled_from(["w", "n"])), None)
-    return record
+    return ArrayRecord(dict(draw(st.permutations([*record.items()]))))
 
 
 @st.composite
@@ -179,7 +179,10 @@ def contents(draw: st.DrawFn) -> RecordDict:
     for key in draw(st.sets(st.sampled_from(["arrays", "metrics"]), max_size=1)):
         if draw(st.booleans()):
             del content[key]
-    content.update(draw(st.dictionaries(texts, records, max_size=1)))
+    if draw(st.integers(0, 3)) == 0:
+        content.update(draw(st.dictionaries(texts, records, max_size=1)))
+    for key in draw(st.sets(st.sampled_from([*content]), max_size=1)):
+        content[draw(texts)] = content.pop(key)
     return content
 
 

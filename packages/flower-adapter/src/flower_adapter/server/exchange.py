@@ -39,6 +39,7 @@ class GoodReply:
 
     kept: KeptReply
     client: ClientRecord
+    records: list[str]  # names of the records with arrays and metrics
     update: Update
     sent: ArrayRecord  # the global arrays that the client got
 
@@ -112,6 +113,7 @@ class Exchange:
                 with record.timed("decode"):
                     labels[node] = protocol.label_of(reply)
                     update = self._check(node, reply, arrays if phase == TRAIN else None)
+                names = _names(reply)
                 kept = store.keep(reply)
             except Exception as error:
                 faults[node] = self._fault(node, error)
@@ -122,7 +124,7 @@ class Exchange:
             client = ClientRecord(
                 node, None, _metrics(reply), update.norm, sent[node], arrived[node], seconds
             )
-            replies.append(GoodReply(kept, client, update, arrays))
+            replies.append(GoodReply(kept, client, names, update, arrays))
         self.nodes.learn(labels)
         for node in sorted(faults, key=self.nodes.order):
             sizes = sent[node], arrived.get(node, 0)
@@ -138,6 +140,9 @@ class Exchange:
         client = reply.client
         for key, record in list(message.content.items()):
             if isinstance(record, ArrayRecord) and self.guard is not None:
+                if list(record) != list(reply.sent):  # some strategies go by the order
+                    record = ArrayRecord({name: record[name] for name in reply.sent})
+                    message.content[key] = record
                 if client.scaled != 1:
                     scale_update(record, reply.sent, client.scaled)
                 widen_integers(record)
@@ -243,7 +248,9 @@ class Exchange:
         good = sorted(replies, key=lambda reply: self.nodes.order(reply.client.node))
         if self.guard is None:
             return good
-        strangers = self.guard.strangers([reply.client.metrics for reply in good], usual)
+        strangers = self.guard.strangers(
+            [reply.client.metrics for reply in good], [reply.records for reply in good], usual
+        )
         good = self._without(strangers, phase, good, record)
         outliers = self.guard.outliers([reply.update for reply in good])
         good = self._without(outliers, phase, good, record)
@@ -313,6 +320,12 @@ def _client_record(reply: Message) -> ConfigRecord:
     if protocol.keeps_state(reply):
         record[protocol.KEEPS_STATE] = True
     return record
+
+
+def _names(reply: Message) -> list[str]:
+    """Return the names of the records with arrays and metrics."""
+    records = reply.content.items()
+    return [name for name, record in records if isinstance(record, ArrayRecord | MetricRecord)]
 
 
 def _metrics(reply: Message) -> Metrics:
