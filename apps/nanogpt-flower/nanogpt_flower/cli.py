@@ -378,6 +378,69 @@ def compare(
     print(f"picture: {_short(directory / 'comparison.png')}")
 
 
+@app.command()
+def credentials(
+    host: Annotated[
+        str, typer.Option("--host", help="the name or address by which parties reach the server")
+    ],
+    supernodes: Annotated[int, typer.Option("--supernodes", help="number of parties")],
+    output: Annotated[Path, typer.Option("--output", help="a new directory")] = Path("credentials"),
+    port: Annotated[int, typer.Option("--port", help="the port that parties connect to")] = 9092,
+) -> None:
+    """Make the credentials of a deployment, and print the commands of each party.
+
+    \b
+    nanogpt-flower credentials --host gpt.example.org --supernodes 3 --output credentials
+    """
+    from nanogpt_flower.deployment.credentials import make_credentials
+
+    print(make_credentials(output, host=host, supernodes=supernodes, port=port).explained())
+
+
+@app.command()
+def node(
+    party: Annotated[
+        Path, typer.Argument(metavar="PARTY", help="the party's directory of credentials")
+    ],
+    data: Annotated[Path, typer.Option("--data", help="the directory of the party's text")],
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="a file: what the server may ask")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option("--state", help="a directory (default: PARTY/state)")
+    ] = None,
+    superlink: Annotated[
+        str | None, typer.Option("--superlink", help="HOST:PORT (default: as in node.toml)")
+    ] = None,
+    allow_fab: Annotated[
+        list[str] | None,
+        typer.Option("--allow-fab", help="SHA-256 of a further app whose runs are answered"),
+    ] = None,
+    stock: Annotated[
+        bool, typer.Option("--stock", help="Flower's own programs, which run the code of each run")
+    ] = False,
+) -> None:
+    """Run the SuperNode of one party, until Ctrl-C. It runs the installed app alone.
+
+    \b
+    nanogpt-flower node credentials/party-1 --data datasets/part_1
+    """
+    from nanogpt_flower.deployment.node import run_node
+
+    try:
+        run_node(
+            party,
+            data,
+            policy=policy,
+            state=state,
+            superlink=superlink,
+            allowed=allow_fab or (),
+            stock=stock,
+        )
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 

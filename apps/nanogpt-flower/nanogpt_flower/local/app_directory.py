@@ -16,7 +16,7 @@ def write_app(directory: Path) -> Path:
     dependencies, because the environment of this process has them all.
     """
     package = Path(nanogpt_flower.__file__).parent
-    unused = shutil.ignore_patterns("__pycache__", "local")
+    unused = shutil.ignore_patterns("__pycache__", "local", "deployment")
     shutil.copytree(package, directory / package.name, ignore=unused)
     project = {
         "project": {

@@ -37,7 +37,10 @@ class LocalRunError(RuntimeError):
 
 
 def program(name: str) -> str:
-    """Return the path of a program in the Python environment of this process."""
+    """Return the path of a program in the Python environment of this process.
+
+    An absolute path stays as it is.
+    """
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
@@ -76,11 +79,7 @@ class Federation:
             **(environment or {}),
         }
         home.mkdir(parents=True, exist_ok=True)
-        (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-            f'address = "127.0.0.1:{self.port}"\ninsecure = true\n',
-            encoding="utf-8",
-        )
+        self.connect(insecure=True)
 
     def __enter__(self) -> Self:
         # If this process is killed, it cannot stop the federation. Then its watcher does it.
@@ -100,6 +99,13 @@ class Federation:
             if self._watch is not None:
                 self._watch.communicate()  # closes the pipe, so the watcher ends
 
+    def connect(self, **options: str | bool) -> None:
+        """Write how Flower's programs reach the SuperLink. The options have "_" in place of "-"."""
+        options = {key.replace("_", "-"): value for key, value in options.items()}
+        connection = {"address": f"127.0.0.1:{self.port}", **options}
+        config = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
+        (self.home / "config.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
+
     def start(
         self, name: str, command: Sequence[str], **environment: str
     ) -> subprocess.Popen[bytes]:
@@ -118,21 +124,42 @@ class Federation:
         return process
 
     def start_superlink(self, *options: str) -> None:
-        """Start the SuperLink and wait until it accepts connections.
+        """Start a SuperLink without TLS, and wait until it accepts connections.
 
         Raises:
             LocalRunError: if the SuperLink ends, or if it accepts no connections within a minute.
                 The message quotes the log of the SuperLink.
         """
         command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port"]
-        process = self.start("superlink", [*command, str(self.port), *options])
+        self.start("superlink", [*command, str(self.port), *options])
+        self.wait_for("superlink", self.port)
+
+    def wait_for(self, name: str, port: int) -> None:
+        """Wait until a program that was started accepts connections.
+
+        Raises:
+            LocalRunError: if the program ends, or if it accepts no connections within a minute. The
+                message quotes the log of the program.
+        """
         deadline = time.monotonic() + START_SECONDS
-        while process.poll() is None and time.monotonic() < deadline:
+        while self._started[name].poll() is None and time.monotonic() < deadline:
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
                     return
             time.sleep(0.1)
-        raise LocalRunError(f"the SuperLink did not start: {self.log_tail('superlink')}")
+        raise LocalRunError(f"the {name} did not start: {self.log_tail(name)}")
+
+    def call(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        """Run one of Flower's programs to its end, and return its status and its output."""
+        with deferred():
+            return subprocess.run(
+                [program(command[0]), *command[1:]],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
 
     def start_supernode(self, name: str, node_config: str, *, threads: int = 1) -> None:
         """Start a SuperNode in which PyTorch uses `threads` threads.
@@ -169,7 +196,7 @@ class Federation:
         """
         config = self.home / "run-config.toml"
         config.write_text(tomli_w.dumps(run_config), encoding="utf-8")
-        command = [program("flwr"), "run", str(app), CONNECTION, "--stream", *options]
+        command = [program("flwr"), "run", str(app), "--stream", *options]
         command += ["--run-config", str(config)] if run_config else []
         log = log or self.home / "run.log"
         with deferred(), log.open("ab") as output:
@@ -197,14 +224,8 @@ class Federation:
 
     def _run_status(self) -> tuple[str, str]:
         """Ask Flower for the status of the newest run, and for the details of this status."""
-        with deferred():
-            listed = subprocess.run(
-                [program("flwr"), "list", CONNECTION, "--format", "json"],
-                env=self._environment,
-                check=True,
-                capture_output=True,
-                text=True,
-            )
+        listed = self.call(["flwr", "list", "--format", "json"])
+        listed.check_returncode()
         newest = json.loads(listed.stdout)["runs"][0]
         return newest["status"], newest.get("status-details", "")
 

@@ -21,6 +21,7 @@ from nanogpt_flower.composition import NO_CORPUS, compression, parts, runtime, s
 from nanogpt_flower.fit import fit
 from nanogpt_flower.interrupts import Interrupted, deferred
 from nanogpt_flower.local.app_directory import write_app
+from nanogpt_flower.local.deployment import start_deployment
 from nanogpt_flower.local.display import Display, make_display
 from nanogpt_flower.local.federation import Federation, LocalRunError, tail, temporary_federation
 from nanogpt_flower.local.processes import STOP_SECONDS
@@ -408,8 +409,7 @@ def _run(launch: Launch, directory: RunDirectory, display: Display) -> None:
     environment = {progress.VARIABLE: str(events_file)}
     with temporary_federation(environment) as federation:
         try:
-            app = write_app(federation.home / "app")
-            options = _start(launch, federation, divided, display)
+            app, options = _start(launch, federation, divided, display)
             display.stage("starting the run")
             run_config = launch.run_config
             federation.run(app, run_config, *options, log=log, while_running=show)
@@ -422,8 +422,8 @@ def _run(launch: Launch, directory: RunDirectory, display: Display) -> None:
 
 def _start(
     launch: Launch, federation: Federation, divided: Partition | None, display: Display
-) -> list[str]:
-    """Start the SuperLink and the SuperNodes, and return the options for `flwr run`."""
+) -> tuple[Path, list[str]]:
+    """Start the SuperLink and the SuperNodes. Return the app and the options for `flwr run`."""
     if launch.runtime == SIMULATION:
         display.stage("starting the SuperLink")
         federation.start_superlink("--simulation", "--isolation", "subprocess")
@@ -433,18 +433,17 @@ def _start(
             "client-resources-num-gpus": launch.gpus or 0.0,
         }
         pairs = " ".join(f"{key}={value}" for key, value in resources.items())
-        return ["--federation-config", pairs]
+        return write_app(federation.home / "app"), ["--federation-config", pairs]
     assert divided is not None
     directories = divided.write(federation.home / "datasets")
-    display.stage("starting the SuperLink")
-    federation.start_superlink()
-    display.stage(f"starting {launch.clients} SuperNodes")
-    threads = max(1, (os.cpu_count() or 1) // launch.clients)
-    state = launch.settings.client_state
-    for number, path in enumerate(directories):
-        node_config = f"data-path='{path}'" + (f" state-path='{state}'" if state else "")
-        federation.start_supernode(f"supernode-{number}", node_config, threads=threads)
-    return []
+    app = start_deployment(
+        federation,
+        directories,
+        state=launch.settings.client_state,
+        threads=max(1, (os.cpu_count() or 1) // launch.clients),
+        stage=display.stage,
+    )
+    return app, []
 
 
 def write_parts(launch: Launch, directory: RunDirectory, divided: Partition) -> None:
