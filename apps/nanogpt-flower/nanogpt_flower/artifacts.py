@@ -16,6 +16,8 @@ import psutil
 import torch
 
 import nanogpt_flower
+from flower_adapter.packing import make_directory, sync
+from flower_adapter.server.checkpoints import list_checkpoints, round_of
 from gpt_core import GPT, Runtime, save_pretrained
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, Corpus
@@ -41,7 +43,7 @@ def writable_directory(output_dir: str, subdirectory: str = "") -> Path:
     path = Path(output_dir, subdirectory)
     try:
         path = path.expanduser().resolve()
-        path.mkdir(parents=True, exist_ok=True)
+        make_directory(path)
         with tempfile.TemporaryFile(dir=path):
             pass
     # RuntimeError: "~name" of an unknown user. ValueError: a NUL character in the path.
@@ -121,13 +123,16 @@ class RunDirectory:
                 f"resume-from is {settings.resume_from!r}; it must be the directory of a run, but "
                 f"{path} has no {CHECKPOINTS}"
             )
-        config = path / CONFIG_FILE
-        if config.exists():
+        saved = cls(path).read_json(CONFIG_FILE)
+        if (path / CONFIG_FILE).exists():
             try:
-                saved = json.loads(config.read_text(encoding="utf-8"))
-                old, old_text = saved["settings"], saved["corpus"] and saved["corpus"]["sha256"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise SettingsError(f"{config} is damaged, so its run cannot be resumed") from error
+                old = dict(saved["settings"])
+                old_text = saved["corpus"] and saved["corpus"]["sha256"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise SettingsError(
+                    f"{path / CONFIG_FILE} is damaged, so its run cannot be resumed: it must hold "
+                    "the settings and the corpus of the run"
+                ) from error
             new = settings.to_run_config()
             changes = [
                 f"{key} is {new[key]} but was {old.get(key)}"
@@ -173,8 +178,8 @@ class RunDirectory:
     @property
     def newest_checkpoint(self) -> int:
         """The round of the newest checkpoint, or 0 if there is none."""
-        names = (path.name for path in self.checkpoints.glob("round-*"))
-        return max((int(name.removeprefix("round-")) for name in names), default=0)
+        found = list_checkpoints(self.checkpoints) if self.checkpoints.is_dir() else []
+        return max(map(round_of, found), default=0)
 
     def write_json(self, name: str, document: Mapping[str, Any]) -> None:
         """Write a file with one JSON object."""
@@ -190,9 +195,12 @@ class RunDirectory:
         if not path.exists():
             return {}
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise SettingsError(f"{path} is damaged: it must hold one JSON object") from error
+        if not isinstance(document, dict):
+            raise SettingsError(f"{path} is damaged: it must hold one JSON object")
+        return document
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a file with one JSON object in each line."""
@@ -209,14 +217,18 @@ class RunDirectory:
         if not path.exists():
             return []
         try:
-            return [dict(json.loads(line)) for line in path.read_text("utf-8").splitlines()]
-        except (ValueError, TypeError) as error:
+            lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        except (OSError, ValueError, RecursionError) as error:
             raise SettingsError(f"{path} is damaged: each line must hold a JSON object") from error
+        if not all(isinstance(line, dict) for line in lines):
+            raise SettingsError(f"{path} is damaged: each line must hold a JSON object")
+        return lines
 
     def save_model(self, model: GPT, tokenizer: CharTokenizer) -> None:
         """Save the model and its tokenizer in `model/`."""
         save_pretrained(model, self.path / MODEL_DIRECTORY)
         tokenizer.save(self.path / MODEL_DIRECTORY / TOKENIZER_FILE)
+        sync(self.path / MODEL_DIRECTORY)
 
     def write_sample(self, text: str) -> None:
         """Write the text to `sample.txt`."""
@@ -249,9 +261,21 @@ class RunDirectory:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file."""
-        temporary = self.path / f".{name}"
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path / name)
+        descriptor, temporary = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets only the owner read the file
+            os.replace(temporary, self.path / name)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        sync(self.path)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

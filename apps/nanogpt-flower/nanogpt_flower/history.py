@@ -178,9 +178,10 @@ class History:
         """Return a table of all rounds with notes below it.
 
         The first note is the `note` of this history, if there is one. The other notes are about
-        clients that were left out.
+        clients that were left out, and about updates and weights that the server has reduced.
         """
-        notes = [f"note: {note}" for note in (*self._notes, *_left_out(self.records))]
+        about_clients = (*_left_out(self.records), *_reduced(self.records))
+        notes = [f"note: {note}" for note in (*self._notes, *about_clients)]
         return "\n".join([self.HEADER, *map(str, self.rows), *notes])
 
 
@@ -236,6 +237,22 @@ def timing_line(record: RoundRecord) -> dict[str, Any]:
         for client in record.train_clients
     }
     return {"round": record.server_round, "seconds": record.seconds, "clients": clients}
+
+
+def _reduced(records: list[RoundRecord]) -> list[str]:
+    """Return a line for each client whose updates or weights the server has reduced."""
+    rounds: dict[tuple[str, str], list[int]] = {}
+    for record in records:
+        for client in record.train_clients:
+            name = client.label or f"node {client.node}"
+            if client.scaled < 1:
+                rounds.setdefault(("update", name), []).append(record.server_round)
+            if client.reduced_weight is not None:
+                rounds.setdefault(("weight", name), []).append(record.server_round)
+    return [
+        f"REDUCED the {what} in round {', '.join(map(str, reduced))}: {name}"
+        for (what, name), reduced in rounds.items()
+    ]
 
 
 def _left_out(records: list[RoundRecord]) -> list[str]:

@@ -92,7 +92,9 @@ def main(grid: Grid, context: Context) -> None:
             timeout=settings.round_timeout or None,
             seed=settings.seed,
             guard=Guard(
-                min_replies=settings.min_replies, max_failed_rounds=settings.max_failed_rounds
+                min_replies=settings.min_replies,
+                max_failed_rounds=settings.max_failed_rounds,
+                max_weight_ratio=settings.max_weight_ratio,
             ),
             compression=codecs,
             outer=OuterOptimizer(

@@ -2,15 +2,24 @@
 
 import logging
 import time
+from collections import Counter
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from nanogpt_flower.composition import NO_CORPUS, VOCABULARY, check_vocabulary
+from flower_adapter.server.record import LONGEST_LABEL, LONGEST_REASON, shown
+from flower_adapter.server.replies import receive
+from nanogpt_flower.composition import (
+    NO_CORPUS,
+    VOCABULARY,
+    VocabularyMismatch,
+    check_vocabulary,
+)
 from nanogpt_flower.settings import Settings
 from shakespeare_data import CharTokenizer, DataError
 
 REMIND_SECONDS = 30.0  # time between two log lines about missing clients
+VOCABULARY_SECONDS = 600.0  # longest wait for the vocabularies if there is no `round-timeout`
 
 logger = logging.getLogger("flwr.nanogpt_flower")
 
@@ -30,22 +39,56 @@ def wait_for_clients(grid: Grid, least: int) -> list[int]:
 
 
 def ask_vocabulary(grid: Grid, settings: Settings) -> CharTokenizer:
-    """Ask the clients for the vocabulary of their texts.
+    """Ask the clients for the vocabulary of their texts, and return that of most clients.
+
+    A client that reports an error, gives no vocabulary, another one, or no answer in time is logged
+    with its node and the reason.
 
     Raises:
-        DataError: no client answers, or a client reports an error, for example that it has no text.
-        VocabularyMismatch: two clients have different vocabularies. The message names both clients.
+        DataError: no client tells its vocabulary. The message says why.
+        VocabularyMismatch: no vocabulary is that of more than half of the clients that told one.
+            The message names two clients and the difference.
     """
     nodes = wait_for_clients(grid, settings.min_clients)
     queries = [Message(RecordDict(), node, f"query.{VOCABULARY}") for node in nodes]
-    shared: tuple[str, CharTokenizer] | None = None
-    for reply in grid.send_and_receive(queries):
-        if reply.has_error():
-            raise DataError(f"corpus is {NO_CORPUS!r}, and a client refused: {reply.error.reason}")
-        answer = reply.content.config_records["client"]
-        client = str(answer["label"]), CharTokenizer.from_json(str(answer["tokenizer"]))
-        shared = shared or client
-        check_vocabulary(*client, *shared)
-    if shared is None:
-        raise DataError(f"corpus is {NO_CORPUS!r}, and no client told its vocabulary")
-    return shared[1]
+    found: dict[int, tuple[str, CharTokenizer]] = {}  # by node: the client's label and vocabulary
+    faults = dict.fromkeys(nodes, "no answer in time")
+    for node, reply in receive(grid, queries, settings.round_timeout or VOCABULARY_SECONDS):
+        try:
+            found[node] = _vocabulary(reply)
+            faults.pop(node, None)
+        except DataError as error:
+            faults[node] = shown(str(error), LONGEST_REASON)
+    for node, fault in sorted(faults.items()):
+        logger.warning("vocabulary: left out node %d: %s", node, fault)
+    if not found:
+        reasons = "; ".join(f"node {node}: {fault}" for node, fault in sorted(faults.items()))
+        raise DataError(f"corpus is {NO_CORPUS!r}, and no client told its vocabulary: {reasons}")
+    [(vocab, count)] = Counter(tokenizer.vocab for _, tokenizer in found.values()).most_common(1)
+    most = next(client for client in found.values() if client[1].vocab == vocab)
+    for node, client in sorted(found.items()):
+        try:
+            check_vocabulary(*client, *most)
+        except VocabularyMismatch as error:
+            reason = shown(str(error), LONGEST_REASON)
+            if 2 * count <= len(found):
+                raise VocabularyMismatch(reason) from None
+            logger.warning("vocabulary: left out node %d: %s", node, reason)
+    return most[1]
+
+
+def _vocabulary(reply: Message | Exception) -> tuple[str, CharTokenizer]:
+    """Return the label and the vocabulary in the answer of a client.
+
+    Raises:
+        DataError: the answer has none.
+    """
+    if isinstance(reply, Exception):
+        raise DataError(f"its answer cannot be read: {type(reply).__name__}") from reply
+    if reply.has_error():
+        raise DataError(reply.error.reason or f"error code {reply.error.code}")
+    answer = reply.content.config_records.get("client", ConfigRecord())
+    label, tokenizer = answer.get("label"), answer.get("tokenizer")
+    if not isinstance(label, str) or not isinstance(tokenizer, str):
+        raise DataError("its answer has no label, or no tokenizer")
+    return shown(label, LONGEST_LABEL), CharTokenizer.from_json(tokenizer)

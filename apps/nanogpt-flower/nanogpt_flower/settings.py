@@ -145,17 +145,24 @@ class Settings:
         2, "Number of clients that must be connected before the first round.", least=1
     )
     min_replies: int = _whole_number(
-        1,
+        2,
         "Smallest number of good replies, for training and for evaluation separately. If training "
         "has fewer good replies, the model stays as it was. This number must be at most "
-        "`min-clients`.",
+        "`min-clients`. With 1 the new model can be the weights of a single client.",
         least=1,
     )
     max_failed_rounds: int = _whole_number(
         3, "Number of failed rounds in a row after which the run fails.", least=1
     )
+    max_weight_ratio: float = _setting(
+        10.0,
+        "Largest weight of a client in the mean, as a multiple of the clients' median weight. The "
+        "weight of a client is the number of its characters.",
+        "a finite number above 1",
+        lambda value: isfinite(value) and value > 1.0,
+    )
     round_timeout: float = _setting(
-        0.0,
+        3600.0,
         "Seconds for which the server waits for replies. The limit applies to training and to "
         "evaluation separately. 0 means no limit.",
         "a finite number of at least 0",

@@ -63,6 +63,7 @@ from flower_adapter import (
     to_arrays,
     torch_client_app,
 )
+from flower_adapter._flwr import set_message_id
 from flower_adapter.arrays import npy
 from flower_adapter.arrays.deltas import encode
 from flower_adapter.testing import LocalGrid
@@ -571,7 +572,9 @@ class MakingGrid(LocalGrid):
         self.seconds = 0.0  # for making the replies
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        self._waiting = {str(number): message for number, message in enumerate(messages)}
+        for number, message in enumerate(messages):
+            set_message_id(message, str(number))
+            self._waiting[str(number)] = message
         return list(self._waiting)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

@@ -294,23 +294,38 @@ def test_the_largest_change_of_an_integer_is_measured() -> None:
 LOSS, MORE = {"num-examples": 1, "loss": 0.5}, {"num-examples": 1, "loss": 0.5, "x": 1.0}
 
 
+def strangers(*metrics: dict[str, Any], usual: dict[str, Any] | None = None) -> dict[int, str]:
+    return Guard().strangers(metrics, [["arrays", "metrics"]] * len(metrics), usual)
+
+
 def test_the_metrics_of_most_replies_count_and_the_difference_is_named() -> None:
     renamed = {"num-examples": 1, "lost": 0.5}
     listed = {"num-examples": 1, "loss": [0.5, 0.5]}
-    assert Guard().strangers([renamed, LOSS, listed, LOSS, MORE], None) == {
-        0: "has other metrics than most replies: lacks loss, has lost in addition",
-        2: "has other metrics than most replies: has a list of 2 for loss, not a number",
-        4: "has other metrics than most replies: has x in addition",
+    assert strangers(renamed, LOSS, listed, LOSS, MORE) == {
+        0: "differs from most replies: lacks the metric loss, has the metric lost",
+        2: "differs from most replies: has a list of 2 for the metric loss, not a number",
+        4: "differs from most replies: has the metric x",
     }
 
 
 def test_in_a_tie_the_metrics_of_the_last_round_count_else_those_of_the_first_label() -> None:
-    assert set(Guard().strangers([LOSS, MORE], None)) == {1}
-    assert set(Guard().strangers([LOSS, MORE], LOSS)) == {1}
-    assert set(Guard().strangers([LOSS, MORE], MORE)) == {0}
-    assert set(Guard().strangers([LOSS, MORE], {"num-examples": 1})) == {1}
-    assert set(Guard().strangers([LOSS, LOSS, MORE], MORE)) == {2}
-    assert Guard().strangers([], LOSS) == {}
+    assert set(strangers(LOSS, MORE)) == {1}
+    assert set(strangers(LOSS, MORE, usual=LOSS)) == {1}
+    assert set(strangers(LOSS, MORE, usual=MORE)) == {0}
+    assert set(strangers(MORE, LOSS, usual={"num-examples": 1})) == {1}
+    assert set(strangers(LOSS, LOSS, MORE, usual=MORE)) == {2}
+    assert strangers(usual=LOSS) == {}
+
+
+def test_a_record_with_another_name_than_those_of_most_replies_is_named() -> None:
+    names = [["arrays", "metrics"], ["arrays", "m"], ["arrays", "metrics"]]
+    assert Guard().strangers([LOSS] * 3, names, None) == {
+        1: "differs from most replies: lacks the record metrics, has the record m"
+    }
+    pretending = {**LOSS, "arrays": 1.0}
+    assert set(Guard().strangers([LOSS, pretending, LOSS], [["arrays"], [], ["arrays"]], None)) == {
+        1
+    }
 
 
 @given(st.lists(st.sampled_from([0.0, 1e-3, 1.0, 3.0, 1e3, 1e6]), max_size=9), st.randoms())

@@ -43,11 +43,13 @@ def test_replies_are_pulled_one_at_a_time_as_they_are_asked_for(
     Clock(monkeypatch)
     grid = Counting(9)
     arriving = receive(grid, queries(grid), None)
-    seen = [next(arriving).metadata.src_node_id]
+    seen = [next(arriving)[0]]
     assert len(grid.sent) == 9
     assert len(grid.pulled) == 1
-    for reply in arriving:
-        seen.append(reply.metadata.src_node_id)
+    for node, reply in arriving:
+        assert isinstance(reply, Message)
+        assert reply.metadata.src_node_id == node
+        seen.append(node)
         del reply
     assert sorted(seen) == sorted(grid.get_node_ids())
     assert grid.most_alive == 1
@@ -56,7 +58,7 @@ def test_replies_are_pulled_one_at_a_time_as_they_are_asked_for(
 def test_a_reply_that_was_handed_over_is_kept_by_nobody_else() -> None:
     grid = scripted(good(), good())
     arriving = receive(grid, queries(grid), None)
-    reply = next(arriving)
+    _, reply = next(arriving)
     is_alive = weakref.ref(reply)
     del reply
     assert is_alive() is None
@@ -66,7 +68,7 @@ def test_replies_end_at_the_timeout_with_those_that_came(monkeypatch: pytest.Mon
     clock = Clock(monkeypatch)
     grid = Slow(4, never=[1, 3])
     found = list(receive(grid, queries(grid), 30.0))
-    assert {grid.partition(reply.metadata.src_node_id) for reply in found} == {0, 2}
+    assert {grid.partition(node) for node, _ in found} == {0, 2}
     assert clock.now == pytest.approx(30.0)
 
 

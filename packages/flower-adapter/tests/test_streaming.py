@@ -11,6 +11,7 @@ from grids import Answer, Answering, record, run
 from numpy.typing import NDArray
 
 from flower_adapter import Compression, OuterOptimizer, StreamingFedAvg, compression_mod
+from flower_adapter._flwr import set_message_id
 from flower_adapter.protocol import is_compressed
 from flower_adapter.server.replies import KeptReply, ReplyStore
 
@@ -161,6 +162,7 @@ class Pulled(Towards):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         for number, message in enumerate(messages):
+            set_message_id(message, f"{number}")
             self.asked[f"{number}"] = message
         return list(self.asked)
 

@@ -109,6 +109,7 @@ def prepare(
     preset, overrides = read_arguments(arguments)
     run_config = preset_named(preset).run_config | overrides
     run_config.setdefault("min-clients", clients)
+    run_config.setdefault("min-replies", min(2, clients))
     make_paths_absolute(run_config)
     runtime_name = DEPLOYMENT if deploy else SIMULATION
     launch = Launch(preset, run_config, clients, runtime_name, cpus, gpus)

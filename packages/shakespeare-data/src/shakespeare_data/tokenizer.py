@@ -18,6 +18,7 @@ from shakespeare_data._atomic import write_atomically
 from shakespeare_data.errors import DataError
 
 MAX_VOCAB_SIZE = 2**16  # ids are uint16
+MAX_DOCUMENT = 100_000  # characters of a tokenizer in JSON; the largest vocabulary takes fewer
 
 _NAMED_CHARACTERS = 128  # an error message shows at most this many characters of a vocabulary
 _PAIRS_FROM = 2**12  # shorter texts do not use the table of pairs, because it takes time to build
@@ -197,11 +198,16 @@ class CharTokenizer:
     def from_json(cls, document: str) -> Self:
         """Make a tokenizer from a JSON document that `to_json` returned.
 
-        Raises `DataError` if `document` has a different form.
+        Raises `DataError` if `document` has a different form, or more than 100,000 characters.
         """
+        if len(document) > MAX_DOCUMENT:
+            raise DataError(
+                f"the tokenizer has {len(document):,} characters of JSON, "
+                f"but at most {MAX_DOCUMENT:,} are allowed"
+            )
         try:
             content = json.loads(document)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of many digits
             raise DataError(f"the tokenizer is not JSON: {error}") from error
         if not isinstance(content, dict) or content.get("type") != "char":
             raise DataError('the tokenizer must be a JSON object with "type": "char"')

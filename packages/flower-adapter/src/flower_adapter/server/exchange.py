@@ -39,6 +39,7 @@ class GoodReply:
 
     kept: KeptReply
     client: ClientRecord
+    records: list[str]  # names of the records with arrays and metrics
     update: Update
     sent: ArrayRecord  # the global arrays that the client got
 
@@ -102,20 +103,17 @@ class Exchange:
         labels: dict[int, str | None] = {}
         arrived: dict[int, int] = {}  # by node id: size of the arrays in its reply
         faults = dict.fromkeys(sent, NO_REPLY)  # by node id: why the node has no good reply
-        for reply in receive(self.grid, messages, self.timeout):
+        for node, reply in receive(self.grid, messages, self.timeout):
             seconds = time.monotonic() - started
-            node = reply.metadata.src_node_id
-            if node not in faults:
-                logger.warning("ignored a reply of node %d, which nobody waits for", node)
-                continue
-            arrived[node] = 0
-            if not reply.has_error():
-                arrived[node] = _num_bytes(reply)
-                labels[node] = protocol.label_of(reply)
-            record.bytes_received += arrived[node]
             try:
+                if isinstance(reply, Exception):
+                    raise reply
+                arrived[node] = _num_bytes(reply)
+                record.bytes_received += arrived[node]
                 with record.timed("decode"):
-                    update = self._check(reply, arrays if phase == TRAIN else None)
+                    labels[node] = protocol.label_of(reply)
+                    update = self._check(node, reply, arrays if phase == TRAIN else None)
+                names = _names(reply)
                 kept = store.keep(reply)
             except Exception as error:
                 faults[node] = self._fault(node, error)
@@ -126,7 +124,7 @@ class Exchange:
             client = ClientRecord(
                 node, None, _metrics(reply), update.norm, sent[node], arrived[node], seconds
             )
-            replies.append(GoodReply(kept, client, update, arrays))
+            replies.append(GoodReply(kept, client, names, update, arrays))
         self.nodes.learn(labels)
         for node in sorted(faults, key=self.nodes.order):
             sizes = sent[node], arrived.get(node, 0)
@@ -142,6 +140,9 @@ class Exchange:
         client = reply.client
         for key, record in list(message.content.items()):
             if isinstance(record, ArrayRecord) and self.guard is not None:
+                if list(record) != list(reply.sent):  # some strategies go by the order
+                    record = ArrayRecord({name: record[name] for name in reply.sent})
+                    message.content[key] = record
                 if client.scaled != 1:
                     scale_update(record, reply.sent, client.scaled)
                 widen_integers(record)
@@ -199,15 +200,17 @@ class Exchange:
             )
         return messages
 
-    def _check(self, reply: Message, sent: ArrayRecord | None) -> Update:
+    def _check(self, node: int, reply: Message, sent: ArrayRecord | None) -> Update:
         """Return the size of the update in a reply. Raise ValueError if the reply is unusable."""
         if reply.has_error():
             raise ValueError(reply.error.reason or f"error code {reply.error.code}")
+        if reply.metadata.src_node_id != node:
+            raise ValueError(f"says that it comes from node {reply.metadata.src_node_id}")
         header = reply.content.pop(protocol.COMPRESSION, None)
         if self.guard is not None:
             self.guard.check_declared(reply.content, self.weight_key, sent)
         if self.compression is not None:
-            self.compression.note_answer(reply.metadata.src_node_id, header)
+            self.compression.note_answer(node, header)
         content = self._decode(reply.content)
         if self.guard is None:
             return NO_UPDATE
@@ -224,8 +227,8 @@ class Exchange:
             return error.strerror or str(error)
         if self.guard is None:
             raise error
-        logger.warning("the reply of node %d cannot be checked", node, exc_info=error)
-        return f"{type(error).__name__}: {error}"
+        logger.warning("the reply of node %d cannot be read", node, exc_info=error)
+        return f"its reply cannot be read: {type(error).__name__}: {error}"
 
     def _decode(self, content: RecordDict) -> RecordDict:
         """Return the content of a reply with decoded arrays."""
@@ -245,7 +248,9 @@ class Exchange:
         good = sorted(replies, key=lambda reply: self.nodes.order(reply.client.node))
         if self.guard is None:
             return good
-        strangers = self.guard.strangers([reply.client.metrics for reply in good], usual)
+        strangers = self.guard.strangers(
+            [reply.client.metrics for reply in good], [reply.records for reply in good], usual
+        )
         good = self._without(strangers, phase, good, record)
         outliers = self.guard.outliers([reply.update for reply in good])
         good = self._without(outliers, phase, good, record)
@@ -317,11 +322,19 @@ def _client_record(reply: Message) -> ConfigRecord:
     return record
 
 
+def _names(reply: Message) -> list[str]:
+    """Return the names of the records with arrays and metrics."""
+    records = reply.content.items()
+    return [name for name, record in records if isinstance(record, ArrayRecord | MetricRecord)]
+
+
 def _metrics(reply: Message) -> Metrics:
     records = [record for record in reply.content.values() if isinstance(record, MetricRecord)]
     return {name: value for record in records for name, value in record.items()}
 
 
 def _num_bytes(message: Message) -> int:
+    if message.has_error():
+        return 0
     records = message.content.values()
     return sum(num_bytes(record) for record in records if isinstance(record, ArrayRecord))

@@ -23,7 +23,8 @@ MOST_METRICS = 100  # in a reply
 LONGEST_NAME = 100  # characters in the name of a metric
 LONGEST_LIST = 1000  # values in a metric
 
-Kinds = dict[str, int | None]  # for each metric, the length of the list, or None for a number
+# For each record and metric of a reply, by text and name: the length of a list, else None.
+Kinds = dict[tuple[str, str], int | None]
 
 
 class Update(NamedTuple):
@@ -54,9 +55,10 @@ class Guard:
 
     The other rules look at all replies of a round together. Neither the order in which the replies
     arrive nor the labels of the clients matter.
-    - All replies must have the same metrics. The set of metrics that most replies have counts. If
-      several sets are equally frequent, the set of the last round counts, else the set of the first
-      client in the order of labels. Replies with other metrics are left out.
+    - All replies must have the same metrics, and records of the same names. The set that most
+      replies have counts. If several sets are equally frequent, the one with the metrics of the
+      last round counts, else the one of the first client in the order of labels. Other replies are
+      left out.
     - A reply is left out if the L2 norm of its update is above `max_norm_ratio` times the median of
       the other norms. This also holds for the largest change of an integer. Here a median below 1
       counts as 1.
@@ -149,21 +151,27 @@ class Guard:
         return Update(norm, _integer_change(arrays, sent))
 
     def strangers(
-        self, metrics: Sequence[Mapping[str, Any]], usual: Mapping[str, Any] | None
+        self,
+        metrics: Sequence[Mapping[str, Any]],
+        records: Sequence[Sequence[str]],
+        usual: Mapping[str, Any] | None,
     ) -> dict[int, str]:
-        """Compare the metrics of a round, and return the index and reason of each that differs.
+        """Compare the replies of a round, and return the index and reason of each that differs.
 
         Args:
             metrics: the metrics of each reply, in the order of the clients' labels.
+            records: the names of the records with arrays and metrics in each reply.
             usual: the metrics of a client in the last round, or None.
         """
-        kinds = [_kinds(found) for found in metrics]
+        kinds = [_kinds(*reply) for reply in zip(metrics, records, strict=True)]
         if not kinds:
             return {}
-        known = None if usual is None else _kinds(usual)
         most = max(map(kinds.count, kinds))
         frequent = [found for found in kinds if kinds.count(found) == most]
-        expected = known if known is not None and known in frequent else frequent[0]
+        known = {} if usual is None else _kinds(usual, ())
+        expected = next((found for found in frequent if known.items() <= found.items()), None)
+        if usual is None or expected is None or len(known) != _num_metrics(expected):
+            expected = frequent[0]
         return {
             index: _difference(found, expected)
             for index, found in enumerate(kinds)
@@ -214,22 +222,28 @@ def scale_update(arrays: ArrayRecord, sent: ArrayRecord, factor: float) -> None:
             arrays[name] = npy.to_array(moved.astype(now.dtype))
 
 
-def _kinds(metrics: Mapping[str, Any]) -> Kinds:
-    return {
-        name: len(value) if isinstance(value, list) else None for name, value in metrics.items()
+def _kinds(metrics: Mapping[str, Any], records: Sequence[str]) -> Kinds:
+    lengths: Kinds = {
+        ("metric", name): len(value) if isinstance(value, list) else None
+        for name, value in metrics.items()
     }
+    return {**dict.fromkeys(("record", name) for name in records), **lengths}
+
+
+def _num_metrics(kinds: Kinds) -> int:
+    return sum(what == "metric" for what, _ in kinds)
 
 
 def _difference(found: Kinds, expected: Kinds) -> str:
-    """Return a text that names the metrics in which a reply differs from most replies."""
-    missing = [f"lacks {name}" for name in sorted(expected.keys() - found.keys())]
-    extra = [f"has {name} in addition" for name in sorted(found.keys() - expected.keys())]
+    """Return a text that names the metrics and records in which a reply differs from most."""
+    missing = [f"lacks the {what} {name}" for what, name in sorted(expected.keys() - found.keys())]
+    extra = [f"has the {what} {name}" for what, name in sorted(found.keys() - expected.keys())]
     other = [
-        f"has {_kind(found[name])} for {name}, not {_kind(expected[name])}"
-        for name in sorted(found.keys() & expected.keys())
-        if found[name] != expected[name]
+        f"has {_kind(found[what, name])} for the {what} {name}, not {_kind(expected[what, name])}"
+        for what, name in sorted(found.keys() & expected.keys())
+        if found[what, name] != expected[what, name]
     ]
-    return f"has other metrics than most replies: {', '.join(missing + extra + other)}"
+    return f"differs from most replies: {', '.join(missing + extra + other)}"
 
 
 def _kind(length: int | None) -> str:

@@ -82,9 +82,9 @@ class Nodes:
         queries = [Message(RecordDict(), node, protocol.LABEL_QUERY) for node in asked]
         answers: dict[int, str | None] = dict.fromkeys(asked)
         self._labels.update(answers)
-        for reply in receive(self._grid, queries, self._timeout):
-            if reply.metadata.src_node_id in answers:
-                answers[reply.metadata.src_node_id] = protocol.label_of(reply)
+        for node, reply in receive(self._grid, queries, self._timeout):
+            if isinstance(reply, Message):
+                answers[node] = protocol.label_of(reply)
         self.learn(answers)
 
     def end(self, tokens: Mapping[int, str]) -> None:

@@ -12,32 +12,46 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.05, 1.0  # seconds between two looks for replies
+MOST_TRIES = 3  # to pull a reply that raises an exception
 
 
-def receive(grid: Grid, messages: Iterable[Message], timeout: float | None) -> Iterator[Message]:
+def receive(
+    grid: Grid, messages: Iterable[Message], timeout: float | None
+) -> Iterator[tuple[int, Message | Exception]]:
     """Send the messages, and yield each reply when it arrives, until `timeout` seconds have passed.
 
-    Replies are pulled one at a time, so the caller decides how many replies are in memory.
+    Each reply comes with the node to which its message was sent. The node that a reply names may be
+    another one. Replies are pulled one at a time, so the caller decides how many replies are in
+    memory. Flower reads a reply when it is pulled, and a malformed one can raise any exception. If
+    a reply cannot be pulled in `MOST_TRIES` tries, its last exception comes in its place.
     """
-    pending = list(grid.push_messages(messages))
+    messages = list(messages)
+    tries = {message_id: 0 for message_id in grid.push_messages(messages) if message_id}
+    nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
     deadline = float("inf") if timeout is None else time.monotonic() + timeout
     wait = SHORTEST_WAIT
-    while pending:
+    while tries:
         # The time is read before the replies are pulled. A slow caller therefore still gets every
         # reply that arrived in time.
         is_late = time.monotonic() >= deadline
         found = False
-        for message_id in list(pending):
-            replies = list(grid.pull_messages([message_id]))
+        for message_id in list(tries):
+            node = nodes[message_id]
+            replies: list[Message | Exception]
+            try:
+                replies = list(grid.pull_messages([message_id]))
+            except Exception as error:
+                tries[message_id] += 1
+                replies = [error] if tries[message_id] == MOST_TRIES else []
             if replies:
-                pending.remove(message_id)
+                del tries[message_id]
                 found = True
             while replies:
-                yield replies.pop()  # the list must not keep the reply in memory
+                yield node, replies.pop()  # the list must not keep the reply in memory
         if is_late:
             return
         wait = SHORTEST_WAIT if found else min(2 * wait, LONGEST_WAIT)
-        if pending:
+        if tries:
             time.sleep(max(0.0, min(wait, deadline - time.monotonic())))
 
 

@@ -196,6 +196,7 @@ def run_rounds(
             report(state, record)
         else:
             federation.load_states(state)
+            state.failed_rounds.pop(CHECKPOINT, None)  # this one was written
             _replay(state, on_round)
         for phase, given in ((TRAIN, train_config), (EVALUATE, evaluate_config)):
             _first_config(phase, given, state)
