@@ -1,4 +1,5 @@
 import random
+import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from nanogpt_flower.settings import Settings
 from shakespeare_data import CharTokenizer, load_corpus
 
 APP = Path(__file__).parents[1]
+# The package `faults` lies beside the app. At the end of the path, it hides no installed package.
+sys.path.append(str(APP))
 TINY = {
     "n-layer": 1,
     "n-head": 2,
