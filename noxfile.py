@@ -157,6 +157,14 @@ def federations(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """Try named faults on the app, and print what they cost. Arguments: [name|group|entry ...]."""
+    install(session, *LIBRARIES, APP)
+    path = {"PYTHONPATH": str(ROOT / APP)}
+    session.run("python", "-m", "faults", *session.posargs, env=ONE_THREAD | path, **INTERRUPT)
+
+
+@nox.session
 def codecs(session: nox.Session) -> None:
     """Measure message size, time and validation loss of the app for each codec.
 

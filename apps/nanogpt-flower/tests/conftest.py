@@ -16,6 +16,8 @@ from nanogpt_flower.settings import Settings
 from shakespeare_data import CharTokenizer, load_corpus
 
 APP = Path(__file__).parents[1]
+# The package `faults` lies beside the app. At the end of the path, it hides no installed package.
+sys.path.append(str(APP))
 TINY = {
     "n-layer": 1,
     "n-head": 2,
