@@ -267,10 +267,10 @@ class RunDirectory:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets only the owner read the file
-            os.replace(temporary, self.path / name)
+            Path(temporary).chmod(0o666 & ~_umask())  # mkstemp lets only the owner read the file
+            Path(temporary).replace(self.path / name)
         except BaseException:
-            os.unlink(temporary)
+            Path(temporary).unlink()
             raise
         sync(self.path)
 

@@ -90,6 +90,9 @@ def run(
     deploy: Annotated[
         bool, typer.Option("--deploy", help="a SuperLink and SuperNodes instead of a simulation")
     ] = False,
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="a policy file for the clients of --deploy")
+    ] = None,
     cpus: Cpus = None,
     gpus: Gpus = None,
     verbose: Verbose = False,
@@ -104,7 +107,9 @@ def run(
     """
     from nanogpt_flower.local.launch import prepare
 
-    launch = prepare(arguments or [], clients=clients, deploy=deploy, cpus=cpus, gpus=gpus)
+    launch = prepare(
+        arguments or [], clients=clients, deploy=deploy, policy=policy, cpus=cpus, gpus=gpus
+    )
     _run(launch, verbose)
 
 
@@ -419,6 +424,13 @@ def node(
     stock: Annotated[
         bool, typer.Option("--stock", help="Flower's own programs, which run the code of each run")
     ] = False,
+    keep_state: Annotated[
+        bool, typer.Option("--keep-state", help="keep the state of runs that have ended")
+    ] = False,
+    reproducible: Annotated[
+        bool,
+        typer.Option("--reproducible", help="the run's seed decides all draws: for tests alone"),
+    ] = False,
 ) -> None:
     """Run the SuperNode of one party, until Ctrl-C. It runs the installed app alone.
 
@@ -436,6 +448,8 @@ def node(
             superlink=superlink,
             allowed=allow_fab or (),
             stock=stock,
+            keep_state=keep_state,
+            reproducible=reproducible,
         )
     except RuntimeError as error:
         raise click.ClickException(str(error)) from error

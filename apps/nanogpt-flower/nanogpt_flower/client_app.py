@@ -45,7 +45,7 @@ from nanogpt_flower.client_node import (
 from nanogpt_flower.client_text import client_part, directory_part, label, model_tokenizer
 from nanogpt_flower.composition import VOCABULARY, client_seed, model_config, runtime
 from nanogpt_flower.settings import Settings, SettingsError
-from shakespeare_data import Batches, Part, sequential_batches
+from shakespeare_data import Batches, CharTokenizer, Part, sequential_batches
 
 logger = logging.getLogger("flwr.nanogpt_flower")
 
@@ -85,7 +85,16 @@ def server_round(config: ConfigRecord) -> int:
 def measure(config: ConfigRecord, context: Context) -> dict[str, float]:
     """Compute what the policy limits, without a model and without the server's arrays."""
     settings, tokenizer = run_settings(context), model_tokenizer(config)
-    steps = num_steps(settings, client_part(settings, config, context))
+    return measure_part(settings, client_part(settings, config, context), tokenizer)
+
+
+def measure_part(settings: Settings, part: Part, tokenizer: CharTokenizer) -> dict[str, float]:
+    """Compute what a round of training on this text takes.
+
+    Raises:
+        Refusal: there is no model of this shape.
+    """
+    steps = num_steps(settings, part)
     windows = steps * settings.batch_size
     try:
         shape = model_config(settings, tokenizer.vocab_size)

@@ -80,8 +80,8 @@ def test_a_client_without_a_policy_allows_everything() -> None:
         ("query.text", {}, {}, 'the query is "text", this client allows one of "label"'),
         ("query", {}, {}, 'the query is "", this client allows one of "label"'),
         ("train.twice", {}, {}, 'the action is "twice", should be none'),
-        ("train", {MIN_REPLIES: 1}, {}, "the server averages 1 or more replies, this client"),
-        ("train", {MIN_REPLIES: "9"}, {}, 'the server averages "9" or more replies'),
+        ("train", {MIN_REPLIES: 1}, {}, "min-replies is 1, this client allows at least 2"),
+        ("train", {MIN_REPLIES: "9"}, {}, 'min-replies is "9", this client allows'),
     ],
 )
 def test_a_refusal_names_the_key_the_value_and_what_is_allowed(

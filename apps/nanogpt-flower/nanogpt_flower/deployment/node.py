@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import tomli_w
 
+from flower_adapter import Policy
 from nanogpt_flower.deployment.credentials import (
     CA_FILE,
     KEY_FILE,
@@ -45,6 +46,8 @@ def run_node(
     superlink: str | None = None,
     allowed: Sequence[str] = (),
     stock: bool = False,
+    keep_state: bool = False,
+    reproducible: bool = False,
 ) -> None:
     """Run a SuperNode until it ends or this process is interrupted.
 
@@ -56,8 +59,11 @@ def run_node(
         superlink: the address HOST:PORT of the SuperLink, by default the one in `node.toml`.
         allowed: the SHA-256 of each further FAB whose runs are answered.
         stock: start Flower's own programs, which run the code that a run brings.
+        keep_state: keep the state of runs that have ended, so that they can be prolonged.
+        reproducible: let the seed of the run decide what the client draws.
 
     Raises:
+        PolicyError: the policy file cannot be used.
         CredentialsError: a file is missing or damaged, or others can read a key.
         RuntimeError: the SuperNode has ended by itself.
     """
@@ -72,16 +78,15 @@ def run_node(
             "1.41, or start Flower's own programs with --stock, which run the code of each run"
         )
     read_part(data)  # explains what is wrong with a directory that is not one of text
-    if policy is not None and not policy.is_file():
-        raise CredentialsError(f"--policy is {policy}; it must be a file")
+    if policy is not None:
+        Policy.read(policy)
     state = party / "state" if state is None else state
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    paths = {"data-path": data, "state-path": state, "audit-log": party / "audit.jsonl"}
-    paths |= {} if policy is None else {"policy": policy}
+    paths = {"data-path": data, "state-path": state} | ({"policy": policy} if policy else {})
+    values: dict[str, Any] = {key: str(path.resolve()) for key, path in paths.items()}
+    values |= {"keep-state": keep_state, "reproducible": reproducible}
     config = party / "node-config.toml"
-    config.write_text(
-        tomli_w.dumps({key: str(path.resolve()) for key, path in paths.items()}), encoding="utf-8"
-    )
+    config.write_text(tomli_w.dumps(values), encoding="utf-8")
     connection = ["--superlink", superlink or node["superlink"]]
     connection += ["--root-certificates", str(party / CA_FILE)]
     connection += ["--auth-supernode-private-key", str(party / KEY_FILE)]

@@ -24,6 +24,7 @@ def start_deployment(
     directories: Sequence[Path],
     *,
     state: str = "",
+    policy: str = "",
     threads: int = 1,
     stage: Callable[[str], None] = lambda _: None,
 ) -> Path:
@@ -32,7 +33,8 @@ def start_deployment(
     Args:
         federation: starts and stops the programs.
         directories: the directories of text, one for each node.
-        state: the directory in which the clients keep their state, or "" for one each.
+        state: the directory in which each client gets a directory for its state, or "".
+        policy: the policy file of all clients, or "" for the default policy.
         threads: the number of threads of PyTorch in each node.
         stage: is told what is being done.
 
@@ -43,7 +45,10 @@ def start_deployment(
     stage(f"starting {len(directories)} SuperNodes")
     for number, (party, data) in enumerate(zip(made.parties, directories, strict=True)):
         command = ["nanogpt-flower", "node", str(party), "--data", str(data)]
-        command += ["--state", state] if state else []
+        command += ["--state", str(Path(state) / party.name)] if state else []
+        command += ["--policy", policy] if policy else []
+        # One user has all parties, so the draws follow from the seed and a run can be prolonged.
+        command += ["--keep-state", "--reproducible"]
         federation.start(f"supernode-{number}", command, OMP_NUM_THREADS=str(threads))
     return made.app
 

@@ -14,9 +14,11 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from flower_adapter import CheckpointError, Checkpoints
+from flower_adapter import CheckpointError, Checkpoints, Policy, Refusal
 from nanogpt_flower import progress
 from nanogpt_flower.artifacts import CONFIG_FILE, RunDirectory, new_run_name, writable_directory
+from nanogpt_flower.client_app import measure_part
+from nanogpt_flower.client_node import NO_SECRET, default_policy, label_from
 from nanogpt_flower.composition import NO_CORPUS, compression, parts, runtime, sample_prompt
 from nanogpt_flower.fit import fit
 from nanogpt_flower.interrupts import Interrupted, deferred
@@ -59,6 +61,7 @@ class Launch:
     runtime: str = SIMULATION
     cpus: int | None = None  # cores of each simulated client
     gpus: float | None = None  # share of a GPU of each simulated client
+    policy: str = ""  # policy file of the clients of a deployment; "" for the default policy
     notes: list[str] = field(default_factory=list)  # changes that the user did not ask for
 
     @property
@@ -96,6 +99,7 @@ def prepare(
     *,
     clients: int = 2,
     deploy: bool = False,
+    policy: Path | None = None,
     cpus: int | None = None,
     gpus: float | None = None,
 ) -> Launch:
@@ -106,13 +110,16 @@ def prepare(
             The message names it and says what is allowed.
     """
     check_resources(clients, deploy, cpus, gpus)
+    if policy is not None and not deploy:
+        raise SettingsError("--policy is for --deploy; simulated clients have no policy")
     preset, overrides = read_arguments(arguments)
     run_config = preset_named(preset).run_config | overrides
     run_config.setdefault("min-clients", clients)
     run_config.setdefault("min-replies", min(2, clients))
     make_paths_absolute(run_config)
     runtime_name = DEPLOYMENT if deploy else SIMULATION
-    launch = Launch(preset, run_config, clients, runtime_name, cpus, gpus)
+    rules = str(policy.resolve()) if policy else ""
+    launch = Launch(preset, run_config, clients, runtime_name, cpus, gpus, rules)
     corpus = check(launch)
     if corpus is not None:
         changes, notes = fit(run_config, corpus, clients, frozenset(overrides))
@@ -269,7 +276,33 @@ def check_text(launch: Launch, corpus: Corpus) -> Partition:
     """
     tokenizer = CharTokenizer.from_text(corpus.text)
     sample_prompt(launch.settings, tokenizer)
-    return parts(launch.settings, corpus, tokenizer, launch.clients)
+    divided = parts(launch.settings, corpus, tokenizer, launch.clients)
+    if launch.runtime == DEPLOYMENT:
+        check_policy(launch, divided)
+    return divided
+
+
+def check_policy(launch: Launch, divided: Partition) -> None:
+    """Check that the policy of the clients permits the run, before any program starts.
+
+    Raises:
+        SettingsError: a client would refuse each message. The message names the key, its value and
+            what is allowed.
+        PolicyError: the policy file cannot be used.
+    """
+    settings = launch.settings
+    rules = Policy.read(Path(launch.policy)) if launch.policy else default_policy()
+    try:
+        rules.check_settings(settings.to_run_config())
+        rules.check_min_replies(settings.min_replies)
+        for part in divided:
+            rules.check_limits(measure_part(settings, part, part.tokenizer))
+    except Refusal as refusal:
+        name = launch.policy or "the default policy"
+        raise SettingsError(
+            f"{refusal.sentence} ({name}); `nanogpt-flower policy` prints the default policy, and "
+            "--policy takes a file with another one"
+        ) from refusal
 
 
 def check_resources(clients: int, deploy: bool, cpus: int | None, gpus: float | None) -> None:
@@ -440,6 +473,7 @@ def _start(
         federation,
         directories,
         state=launch.settings.client_state,
+        policy=launch.policy,
         threads=max(1, (os.cpu_count() or 1) // launch.clients),
         stage=display.stage,
     )
@@ -450,7 +484,9 @@ def write_parts(launch: Launch, directory: RunDirectory, divided: Partition) -> 
     """Write which client holds how much of what, for the report."""
     simulated = launch.runtime == SIMULATION
     labels = [
-        f"partition {number:04d} of {len(divided)}" if simulated else f"text {part.fingerprint}"
+        f"partition {number:04d} of {len(divided)}"
+        if simulated
+        else label_from(NO_SECRET, part.fingerprint)
         for number, part in enumerate(divided)
     ]
     clients = [

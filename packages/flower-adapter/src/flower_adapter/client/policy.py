@@ -181,12 +181,19 @@ class Policy:
             )
         if kind == MessageType.QUERY:
             return
-        replies = protocol.config_of(message).get(protocol.MIN_REPLIES, 1)
+        self.check_min_replies(protocol.config_of(message).get(protocol.MIN_REPLIES, 1))
+
+    def check_min_replies(self, replies: object) -> None:
+        """Check the number of replies that the server promises to average.
+
+        Raises:
+            Refusal: the number is too small.
+        """
         if not isinstance(replies, int) or replies < self.min_replies:
             raise Refusal(
                 "policy",
-                f"the server averages {_quoted(replies)} or more replies, this client asks for at "
-                f"least {self.min_replies}; set min-replies",
+                f"min-replies is {_quoted(replies)}, this client allows at least "
+                f"{self.min_replies}",
             )
 
 
