@@ -11,6 +11,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 import torch
@@ -261,21 +262,13 @@ class RunDirectory:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file."""
-        descriptor, temporary = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")
+        temporary = self.path / f".{name}.{uuid4().hex}"  # no file of the user has this name
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with temporary.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).chmod(0o666 & ~_umask())  # mkstemp lets only the owner read the file
-            Path(temporary).replace(self.path / name)
-        except BaseException:
-            Path(temporary).unlink()
-            raise
+            temporary.replace(self.path / name)
+        finally:
+            temporary.unlink(missing_ok=True)
         sync(self.path)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask

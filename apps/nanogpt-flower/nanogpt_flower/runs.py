@@ -82,6 +82,12 @@ def describe(path: Path) -> Run:
     launch, config = directory.read_json(LAUNCH_FILE), directory.read_json(CONFIG_FILE)
     rows = directory.read_lines("metrics.jsonl")
     settings: dict[str, Any] = config.get("settings") or launch.get("run_config") or {}
+    for name, is_sound in (
+        (CONFIG_FILE if config else LAUNCH_FILE, isinstance(settings, dict)),
+        ("metrics.jsonl", all(isinstance(row.get("round"), int) for row in rows)),
+    ):
+        if not is_sound:
+            raise SettingsError(f"{path / name} is damaged: it has other fields than a run writes")
     losses = [row.get("val_loss") or row.get("client_val_loss") for row in rows]
     corpus = (config.get("corpus") or {}).get("name") or settings.get("corpus")
     return Run(
@@ -131,7 +137,7 @@ def _started(path: Path) -> datetime:
     try:
         started = json.loads((path / LAUNCH_FILE).read_text(encoding="utf-8"))["started"]
         return datetime.fromisoformat(started).astimezone()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         # The run was not started by `nanogpt-flower run`. Its first file tells when.
         first = path / CONFIG_FILE if (path / CONFIG_FILE).exists() else path
         return datetime.fromtimestamp(first.stat().st_mtime).astimezone()

@@ -128,6 +128,7 @@ def test_the_first_round_waits_for_all_clients(
     assert main(["run", *arguments, "--clients", "3"]) == 0
     assert main(["run", *arguments, "--clients", "3", "min-clients=2"]) == 0
     assert [run_config["min-clients"] for run_config in started] == [3, 2]
+    assert [run_config["min-replies"] for run_config in started] == [2, 2]
 
 
 def test_overrides_change_the_preset_and_shells_may_remove_their_quotes(

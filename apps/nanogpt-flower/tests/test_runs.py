@@ -10,8 +10,10 @@ import psutil
 import pytest
 
 from nanogpt_flower.artifacts import RunDirectory
+from nanogpt_flower.history import History
+from nanogpt_flower.local.launch import Launch
 from nanogpt_flower.runs import all_runs, describe, find_run, state_of, write_state
-from nanogpt_flower.settings import SettingsError
+from nanogpt_flower.settings import Settings, SettingsError
 
 
 def make_run(path: Path, started: str) -> RunDirectory:
@@ -79,3 +81,29 @@ def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
     damaged, whole = all_runs(tmp_path)
     assert (damaged.path.name, damaged.state) == ("a", "damaged")
     assert whole.state != "damaged"
+
+
+DAMAGED = ["", "{", "[]", "1", "null", '"x"', "\x00", "[" * 100_000, '{"settings": 1}', "{}"]
+
+
+@pytest.mark.parametrize("name", ["state.json", "config.json", "launch.json", "metrics.jsonl"])
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_file_of_any_other_content_is_an_error_that_names_it_or_no_error(
+    name: str, text: str, tmp_path: Path
+) -> None:
+    directory = make_run(tmp_path / "a", "2026-11-24T22:15:00+00:00")
+    (directory.path / name).write_text(text)
+    for use in (
+        describe,
+        lambda path: state_of(RunDirectory(path)),
+        lambda path: Launch.read(RunDirectory(path)).settings,
+        lambda path: RunDirectory.resume(Settings(resume_from=str(path)), None),
+        lambda path: History(RunDirectory(path)),
+    ):
+        fault = ""
+        try:
+            use(directory.path)
+        except SettingsError as error:
+            fault = str(error)
+        assert not fault or name in fault or "has no checkpoints" in fault or "no run" in fault
+    assert len(all_runs(tmp_path)) == 1

@@ -1,9 +1,11 @@
 import logging
 import time
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from flower_adapter.testing import LocalGrid
 from nanogpt_flower.client_app import app as client_app
@@ -19,17 +21,35 @@ def server_identity() -> None:
     LocalGrid(client_app, 0)  # lets this process make messages, as a ServerApp does
 
 
-class Answers:
-    """A grid whose nodes answer a query with a record or an error."""
+class Answers(LocalGrid):
+    """A grid whose nodes answer a query with a record or an error, or never."""
 
-    def __init__(self, *answers: Callable[[Message], Message]) -> None:
+    def __init__(self, *answers: Callable[[Message], Message | None]) -> None:
+        super().__init__(client_app, len(answers))
         self.answers = answers
 
-    def get_node_ids(self) -> Iterable[int]:
-        return range(len(self.answers))
+    def reply(self, message: Message) -> Message | None:
+        return self.answers[self.partition(message.metadata.dst_node_id)](message)
 
-    def send_and_receive(self, messages: Iterable[Message]) -> Iterable[Message]:
-        return [answer(query) for answer, query in zip(self.answers, messages, strict=True)]
+
+def saying(**fields: Any) -> Callable[[Message], Message]:
+    return lambda query: Message(RecordDict({"client": ConfigRecord(fields)}), reply_to=query)
+
+
+def refusing(reason: str) -> Callable[[Message], Message]:
+    return lambda query: Message(Error(2, reason), reply_to=query)
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what was logged as warnings. Nobody waits for answers."""
+    now = iter(range(10**6))
+    clock = SimpleNamespace(monotonic=lambda: next(now), sleep=lambda _: None)
+    monkeypatch.setattr("flower_adapter.server.replies.time", clock)
+    caplog.set_level(logging.WARNING, logger="flwr")
+    logging.getLogger("flwr").addHandler(caplog.handler)
+    yield lambda: sorted({record.getMessage() for record in caplog.records})
+    logging.getLogger("flwr").removeHandler(caplog.handler)
 
 
 def speaking(label: str, vocab: str) -> Callable[[Message], Message]:
@@ -42,11 +62,61 @@ def test_a_vocabulary_that_all_clients_share_is_taken() -> None:
     assert ask_vocabulary(grid, Settings()) == CharTokenizer("abc")
 
 
+def test_the_vocabulary_of_most_clients_is_taken_and_the_others_are_named(warned: Any) -> None:
+    grid = Answers(
+        speaking("liar", "xyz"),
+        speaking("a", "abc"),
+        refusing("data: no text\x1b[2J\n" + "x" * 10**6),
+        speaking("b", "abc"),
+        lambda query: None,
+        saying(label="c"),
+        saying(label=1, tokenizer="{}"),
+        saying(label="d", tokenizer="[" * 50_000),
+        saying(label="e", tokenizer='{"type": "char", "vocab": ' + "9" * 5000 + "}"),
+        saying(label="f", tokenizer='{"type": "char", "vocab": "\\ud800"}'),
+        saying(label="g", tokenizer="x" * 10**6),
+        speaking("h", "abc"),
+    )
+    assert ask_vocabulary(grid, Settings()) == CharTokenizer("abc")
+    expected = {
+        0: "the vocabulary of liar (3 characters",
+        2: r"data: no text\x1b[2J\nxxx",
+        4: "no answer in time",
+        5: "its answer has no label, or no tokenizer",
+        6: "its answer has no label, or no tokenizer",
+        7: "the tokenizer is not JSON",
+        8: "the tokenizer is not JSON",
+        9: "the vocabulary has a lone surrogate",
+        10: "the tokenizer has 1,000,000 characters",
+    }
+    said = warned()
+    assert len(said) == len(expected)
+    for partition, reason in expected.items():
+        start = f"vocabulary: left out node {grid.node(partition)}: {reason}"
+        [line] = [line for line in said if line.startswith(start)]
+        assert len(line) < 600
+        assert line.isprintable()
+
+
+def test_without_a_majority_the_vocabularies_are_refused(warned: Any) -> None:
+    grid = Answers(*(speaking(f"of {vocab}", vocab) for vocab in "xxyz"))
+    with pytest.raises(VocabularyMismatch, match=r"of of [yz] .* differs from that of of x"):
+        ask_vocabulary(grid, Settings())
+
+
+def test_if_nobody_tells_a_vocabulary_every_client_is_named(warned: Any) -> None:
+    grid = Answers(lambda query: None, refusing("data: no text"))
+    with pytest.raises(DataError, match="and no client told its vocabulary") as caught:
+        ask_vocabulary(grid, Settings())
+    assert f"node {grid.node(0)}: no answer in time" in str(caught.value)
+    assert f"node {grid.node(1)}: data: no text" in str(caught.value)
+
+
 def test_two_vocabularies_are_refused_with_the_difference() -> None:
     grid = Answers(speaking("left", "abc"), speaking("right", "abd"))
     with pytest.raises(
         VocabularyMismatch,
-        match=r"of right .* differs from that of left .* first: 'd'; only in the second: 'c'",
+        match=r"of (left|right) .* differs from that of .* first: '[cd]'; only in the second",
     ):
         ask_vocabulary(grid, Settings())
 

@@ -111,6 +111,8 @@ FINITE = "a finite number of at least 0"
         ("min-clients", 0, COUNT),
         ("min-replies", 0, COUNT),
         ("max-failed-rounds", 0, COUNT),
+        ("max-weight-ratio", 1.0, "a finite number above 1"),
+        ("max-weight-ratio", INFINITY, "a finite number above 1"),
         ("round-timeout", -1.0, FINITE),
         ("round-timeout", INFINITY, FINITE),
         ("outer-learning-rate", 0.0, "a number above 0 and at most 10"),
@@ -177,6 +179,13 @@ def test_all_bad_values_and_unknown_keys_are_named_at_once() -> None:
     )
 
 
+def test_one_client_alone_must_be_asked_for_in_both_settings() -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_run_config({"min-clients": 1})
+    assert str(caught.value) == ("min-replies is 2; it must be at most min-clients, which is 1")
+    assert Settings.from_run_config({"min-clients": 1, "min-replies": 1}).min_replies == 1
+
+
 def test_settings_that_contradict_each_other_are_named_at_once() -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.from_run_config({"n-embd": 100, "min-replies": 3})
@@ -190,7 +199,7 @@ def test_settings_that_contradict_each_other_are_named_at_once() -> None:
     "key", [item.name.replace("_", "-") for item in fields(Settings) if item.type is float]
 )
 def test_a_whole_number_becomes_a_float_where_a_float_is_expected(key: str) -> None:
-    whole = 1 if key not in ("dropout", "outer-momentum") else 0
+    whole = {"dropout": 0, "outer-momentum": 0, "max-weight-ratio": 2}.get(key, 1)
     value = Settings.from_run_config({key: whole}).to_run_config()[key]
     assert value == whole
     assert isinstance(value, float)

@@ -81,7 +81,12 @@ class Launch:
             config = directory.read_json(CONFIG_FILE)
             if "settings" not in config:
                 raise SettingsError(f"{directory.path} holds no run: it has no {CONFIG_FILE}")
-            return cls("", config["settings"], config["settings"]["min-clients"])
+            try:
+                return cls("", dict(config["settings"]), config["settings"]["min-clients"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise SettingsError(
+                    f"{directory.path / CONFIG_FILE} is damaged: {error}"
+                ) from error
         saved.pop("started", None)
         try:
             return cls(**saved)
