@@ -63,11 +63,29 @@ def truncate(path: Path, *, to: float = 0.5) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * to)])
 
 
+def cut(error: BaseException, *, server_round: int) -> Answer:
+    """Return an answer that ends the run when the last client has trained in a round."""
+
+    def answer(grid: WireGrid, number: int, message: Message, reply: Message) -> Message:
+        at = protocol.config_of(message).get(protocol.SERVER_ROUND)
+        is_train = message.metadata.message_type == "train"
+        if is_train and at == server_round and number == HONEST[-1]:
+            raise error
+        return reply
+
+    return answer
+
+
+def cut_off(directory: Path) -> Finished:
+    """Cut a run off in its third round, so that the clients still have their states."""
+    first = run(directory, answer=cut(PowerCut(), server_round=3))
+    expect(isinstance(first.error, PowerCut), f"the run did not end: {first.error!r}")
+    return first
+
+
 def resumed_after(directory: Path, damage: Callable[[Path], None]) -> Outcome:
-    """Run two rounds, damage the newest checkpoint, resume, and expect the undisturbed result."""
-    first = run(directory, num_server_rounds=2)
-    completed(first, undisturbed(num_server_rounds=2))
-    newest = first.directory / "checkpoints" / DAMAGED
+    """Cut a run off, damage the newest checkpoint, resume, and expect the undisturbed result."""
+    newest = cut_off(directory).directory / "checkpoints" / DAMAGED
     expect(newest.is_dir(), f"there is no checkpoint {newest.name}")
     damage(newest)
     resumed = run(directory, resume=True)
@@ -116,21 +134,20 @@ def missing_arrays(directory: Path) -> Outcome:
 @fault("C", "D1", "the run is refused by a sentence that names the checkpoint")
 def no_sound_checkpoint(directory: Path) -> Outcome:
     """All checkpoints of a run are damaged."""
-    first = run(directory, num_server_rounds=2)
-    for checkpoint in (first.directory / "checkpoints").glob("round-*"):
+    for checkpoint in (cut_off(directory).directory / "checkpoints").glob("round-*"):
         flip(checkpoint / "arrays.safetensors")
     resumed = run(directory, resume=True)
     expect(resumed.error is not None, "a damaged checkpoint was resumed silently")
     text = describe(resumed.error) if resumed.error else ""
     is_clear = isinstance(resumed.error, CheckpointError) and "round-00000" in text
     expect(is_clear, f"the error is no sentence about a checkpoint: {text}")
-    return Outcome("refused, it names the checkpoint", lost=f"{2} rounds")
+    return Outcome("refused, it names the checkpoint", lost="2 rounds")
 
 
 @fault("C", "D1", "none is taken with other contents than it was written with")
 def two_hundred_damaged_checkpoints(directory: Path) -> Outcome:
     """200 copies of a run have a flipped bit or a cut file in the newest of two checkpoints."""
-    first = run(directory, num_server_rounds=2)
+    first = cut_off(directory)
     checkpoints, chance = first.directory / "checkpoints", random.Random(1)
     initial = first.grid.messages("train")[0][1].content.array_records["arrays"]
     sound = written(read_checkpoint(checkpoints))
@@ -171,8 +188,7 @@ def written(checkpoint: Checkpoint) -> tuple[str, dict[str, bytes]]:
 @fault("C", "D2", "the run is resumed from its checkpoint, and the file is written again")
 def empty_config_file(directory: Path) -> Outcome:
     """The config.json of a run is empty."""
-    first = run(directory, num_server_rounds=2)
-    config = first.directory / "config.json"
+    config = cut_off(directory).directory / "config.json"
     config.write_bytes(b"")
     resumed = run(directory, resume=True)
     outcome = same_result("resumed", resumed, undisturbed())
@@ -185,7 +201,7 @@ def two_processes_on_one_state(directory: Path) -> Outcome:
     """Two SuperNodes with one text and one state-path get the same message at the same time."""
     at_once, most, lock = 0, 0, threading.Lock()
     meeting = threading.Event()
-    train_steps = client_app.train_steps
+    train_steps = vars(client_app)["train_steps"]
     replies: list[Message] = []
 
     def watched(*arguments: Any, **keywords: Any) -> Any:
@@ -207,10 +223,10 @@ def two_processes_on_one_state(directory: Path) -> Outcome:
         is_train = message.metadata.message_type == "train"
         if number != HONEST[0] or not is_train or config[protocol.SERVER_ROUND] != 2:
             return reply
-        config = grid.clients[number].node_config
+        node_config = grid.clients[number].node_config
 
         def handle() -> None:
-            twin = Client(client_app.app, dict(config))
+            twin = Client(client_app.app, dict(node_config))
             replies.append(twin.handle(packed(message), grid.run_id, grid.run_config))
 
         threads = [threading.Thread(target=handle) for _ in range(2)]
@@ -316,8 +332,7 @@ def state_after_the_end_of_a_run(directory: Path) -> Outcome:
 @fault("C", "P3", "the clients still have their state, and nothing is lost")
 def run_that_ended_with_an_error(directory: Path) -> Outcome:
     """A run ends with an error in its third round, and is resumed."""
-    finished = run(directory, answer=cut(PowerCut(), server_round=3))
-    expect(isinstance(finished.error, PowerCut), f"the run did not end: {finished.error!r}")
+    cut_off(directory)
     resumed = run(directory, resume=True)
     return same_result("resumed after round 2", resumed, undisturbed())
 
@@ -325,19 +340,6 @@ def run_that_ended_with_an_error(directory: Path) -> Outcome:
 def state_of(directory: Path, number: int) -> Path:
     """Return the state directory of a client."""
     return directory / f"state-{number}"
-
-
-def cut(error: BaseException, *, server_round: int) -> Answer:
-    """Return an answer that ends the run when the last client has trained in a round."""
-
-    def answer(grid: WireGrid, number: int, message: Message, reply: Message) -> Message:
-        at = protocol.config_of(message).get(protocol.SERVER_ROUND)
-        is_train = message.metadata.message_type == "train"
-        if is_train and at == server_round and number == HONEST[-1]:
-            raise error
-        return reply
-
-    return answer
 
 
 AFRESH = "the client is left out or starts afresh, the log says so, and the run goes on"
@@ -357,8 +359,7 @@ def truncated_state_of_a_client(directory: Path) -> Outcome:
 
 def damaged_state(directory: Path, damage: Callable[[Path], None]) -> Outcome:
     """Cut a run off in its third round, damage the states of one client, and resume the run."""
-    first = run(directory, answer=cut(PowerCut(), server_round=3))
-    expect(isinstance(first.error, PowerCut), f"the run did not end: {first.error!r}")
+    cut_off(directory)
     files = sorted(state_of(directory, HONEST[0]).rglob(contract.STATE_FILES))
     expect(files, "the client has kept no state")
     for path in files:
@@ -460,12 +461,12 @@ def power_cuts(directory: Path, place: str, steps: int) -> Outcome:
         room.mkdir()
         new_clients(room)
         at = 1 + (2 * number + 1) * power.count // (2 * steps)
-        cut_off = Power(room / place, cut_at=at)
-        with cut_off.watched():
+        outage = Power(room / place, cut_at=at)
+        with outage.watched():
             first = run(room)
         if not isinstance(first.error, PowerCut):
             raise Unexpected(f"the cut at step {at} was caught: {first.error!r}")
-        cut_off.lose()
+        outage.lose()
         has_checkpoint = any((room / "run" / "checkpoints").glob("round-*"))
         if not has_checkpoint:
             shutil.rmtree(room / "run", ignore_errors=True)

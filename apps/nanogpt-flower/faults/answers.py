@@ -148,7 +148,7 @@ def with_body(kind: str, body: bytes) -> Change:
     def change(reply: Message) -> Parcel:
         parcel = packed(reply)
         old = next(i for i, content in parcel.objects.items() if content.startswith(kind.encode()))
-        renamed = {}  # old id to new id, children first
+        renamed: dict[str, str] = {}  # old id to new id, children first
         objects = {}
         for object_id, content in parcel.objects.items():
             head, _, own = content.partition(b"\x00")

@@ -163,7 +163,7 @@ def attacked(
 def refusal(reply: Message, code: str = "") -> str:
     """Expect a refusal with a code, and return its text."""
     expect(reply.has_error(), "the client did what it was asked")
-    reason = reply.error.reason
+    reason = reply.error.reason or ""
     expect(
         contract.REFUSAL.fullmatch(reason) and reason.startswith(code),
         f"the client failed, but not by its policy: {reason}",
@@ -489,7 +489,7 @@ def runs_without_end(directory: Path) -> Outcome:
     def attack(stranger: Stranger) -> str:
         for number in range(80):
             token = hashlib.sha256(str(number).encode()).hexdigest()
-            small = {"batch_size": 8, "block_size": 16, "max_steps": 1}
+            small: dict[str, Any] = {"batch_size": 8, "block_size": 16, "max_steps": 1}
             stranger.ask(
                 stranger.client(policy_file()),
                 config=with_run(stranger, token, 1),
@@ -629,7 +629,7 @@ def errors_of_all_kinds(directory: Path) -> Outcome:
             count += 1
             if not reply.has_error():
                 return
-            reason = reply.error.reason
+            reason = reply.error.reason or ""
             found = leaks(reason, part, stranger.part.parent)
             if not contract.REFUSAL.fullmatch(reason):
                 found.append("no code")

@@ -168,7 +168,7 @@ def clientapp_killed(directory: Path) -> Outcome:
 @fault("network", "SuperNode", "it trains in the last round, and no other reply is lost")
 def supernode_joins_late(directory: Path) -> Outcome:
     """A third SuperNode is started after the first round."""
-    more = {"num_server_rounds": ROUNDS + 2}
+    more: dict[str, Any] = {"num_server_rounds": ROUNDS + 2}
     with deployed(directory, HONEST, min_clients=2, **more) as deployment:
         deployment.kill(f"supernode-{LAST}")
         deployment.wait_for_round(1)
