@@ -164,6 +164,19 @@ def faults(session: nox.Session) -> None:
     session.run("python", "-m", "faults", *session.posargs, env=ONE_THREAD | path, **INTERRUPT)
 
 
+def colluders(session: nox.Session) -> None:
+    """Measure how far colluding clients can move the average of a round."""
+    install(session, "packages/flower-adapter[test]")
+    session.run("python", "packages/flower-adapter/benchmarks/colluders.py")
+
+
+@nox.session
+def extraction(session: nox.Session) -> None:
+    """Measure how much of a client's text a malicious server reads from the client's updates."""
+    install(session, *LIBRARIES, APP)
+    session.run("python", f"{APP}/benchmarks/extraction.py")
+
+
 @nox.session
 def codecs(session: nox.Session) -> None:
     """Measure message size, time and validation loss of the app for each codec.
