@@ -164,6 +164,7 @@ def faults(session: nox.Session) -> None:
     session.run("python", "-m", "faults", *session.posargs, env=ONE_THREAD | path, **INTERRUPT)
 
 
+@nox.session
 def colluders(session: nox.Session) -> None:
     """Measure how far colluding clients can move the average of a round."""
     install(session, "packages/flower-adapter[test]")
