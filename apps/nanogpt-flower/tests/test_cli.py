@@ -15,6 +15,7 @@ from nanogpt_flower.settings import SettingsError
 from nanogpt_flower.trained import evaluate_run
 
 COMMANDS = ["run", "resume", "presets", "runs", "sample", "chat", "eval", "report", "compare"]
+COMMANDS += ["credentials", "node"]
 
 
 @pytest.fixture(scope="module")

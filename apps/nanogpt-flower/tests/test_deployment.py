@@ -62,6 +62,7 @@ def test_keys_and_secrets_are_readable_by_their_owner_alone(made: Credentials) -
     assert not [path for path in made.directory.rglob("*") if path.name == "ca.key"]
 
 
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is not installed")
 def test_a_party_gets_no_file_of_another_party(made: Credentials) -> None:
     for party in made.parties:
         assert {path.name for path in party.iterdir()} == {
@@ -75,6 +76,7 @@ def test_a_party_gets_no_file_of_another_party(made: Credentials) -> None:
         assert public.split()[:2] == (made.server / f"{party.name}.pub").read_text().split()[:2]
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 def test_openssl_accepts_the_server_under_its_names_alone(made: Credentials) -> None:
     def verifies(*options: str) -> bool:
         files = ["-CAfile", made.server / "ca.crt", made.server / "server.crt"]
