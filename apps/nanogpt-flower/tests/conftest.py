@@ -107,7 +107,11 @@ def run_app() -> RunApp:
         data_paths: Sequence[Path] = (),
         run_id: int = 1,
     ) -> Path:
-        names = {"min-clients": num_clients, "run-name": str(run_id)}
+        names = {
+            "min-clients": num_clients,
+            "min-replies": min(2, num_clients),
+            "run-name": str(run_id),
+        }
         config = Settings.from_run_config({**names, **settings})
         run_config = config.to_run_config()
         grid = LocalGrid(client_app, num_clients, run_config=run_config, run_id=run_id)
