@@ -93,14 +93,23 @@ def context(default_run_config: dict[str, Any], tiny: dict[str, Any]) -> Callabl
     return make
 
 
+@pytest.fixture(scope="session")
+def policy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy for tiny models and short runs."""
+    path = tmp_path_factory.mktemp("policy") / "policy.toml"
+    path.write_text("min-replies = 1", encoding="utf-8")
+    return path
+
+
 RunApp = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def run_app() -> RunApp:
+def run_app(policy_file: Path) -> RunApp:
     """`run_app(settings, num_clients)`: the whole app in this process; returns its run directory.
 
-    `data_paths` gives each client a directory in place of a partition.
+    `data_paths` gives each client a directory in place of a partition. In a test that is marked
+    "deployed" these clients are those of `run --deploy`.
     """
 
     def run(
@@ -109,12 +118,18 @@ def run_app() -> RunApp:
         data_paths: Sequence[Path] = (),
         run_id: int = 1,
     ) -> Path:
-        names = {"min-clients": num_clients, "run-name": str(run_id)}
+        names = {
+            "min-clients": num_clients,
+            "min-replies": min(2, num_clients),
+            "run-name": str(run_id),
+        }
         config = Settings.from_run_config({**names, **settings})
         run_config = config.to_run_config()
         grid = LocalGrid(client_app, num_clients, run_config=run_config, run_id=run_id)
         for partition, path in enumerate(data_paths):
-            grid.contexts[grid.node(partition)].node_config["data-path"] = str(path)
+            grid.contexts[grid.node(partition)].node_config.update(
+                {"data-path": str(path), "reproducible": True, "policy": str(policy_file)}
+            )
         main(grid, Context(run_id, 0, {}, RecordDict(), run_config))
         return Path(config.resume_from or Path(config.output_dir) / config.run_name)
 

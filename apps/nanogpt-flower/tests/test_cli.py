@@ -15,7 +15,7 @@ from nanogpt_flower.settings import SettingsError
 from nanogpt_flower.trained import evaluate_run
 
 COMMANDS = ["run", "resume", "presets", "runs", "sample", "chat", "eval", "report", "compare"]
-COMMANDS += ["credentials", "node"]
+COMMANDS += ["credentials", "node", "policy"]
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +175,35 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_option_is_refused_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--colour"]) == 2
     assert "--colour" in capsys.readouterr().err
+
+
+def test_the_printed_policy_is_a_policy_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["policy"]) == 0
+    (tmp_path / "policy.toml").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert main(["policy", "--check", str(tmp_path / "policy.toml")]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_policy_file_with_an_unknown_key_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "policy.toml").write_text("max-round = 3", encoding="utf-8")
+    assert main(["policy", "--check", str(tmp_path / "policy.toml")]) == 2
+    assert "max-round is unknown, should be one of messages" in capsys.readouterr().err
+
+
+def test_a_run_that_the_policy_forbids_is_refused_before_it_starts(
+    tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"{key}={value}" for key, value in tiny.items()]
+    given += ["batch-size=1", f"output-dir={tmp_path / 'runs'}"]
+    assert main(["run", "--deploy", *given]) == 2
+    assert "batch-size is 1, this client allows 8 to 512" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_policy_is_for_a_deployment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--policy", str(tmp_path / "policy.toml")]) == 2
+    assert "--policy is for --deploy" in capsys.readouterr().err

@@ -221,8 +221,8 @@ def test_a_copy_of_a_process_that_has_imported_everything_computes_as_a_new_proc
 class Deployment:
     """A server and two nodes on this machine, which are three parties."""
 
-    def __init__(self, federation: Federation, room: Path, parts: list[Path]) -> None:
-        self.federation, self.room, self.parts = federation, room, parts
+    def __init__(self, federation: Federation, room: Path, parts: list[Path], policy: Path) -> None:
+        self.federation, self.room, self.parts, self.policy = federation, room, parts, policy
         self.made = start_server(federation, 2)
         address = read_node(self.made.parties[0])["superlink"]
         self.port = int(address.rpartition(":")[2])  # of the proxy, if there is one
@@ -233,7 +233,10 @@ class Deployment:
         data = self.parts[1 if party == self.made.parties[1] else 0]
         with self.log(party.name).open("wb") as log:
             return subprocess.Popen(
-                [program("nanogpt-flower"), "node", str(party), "--data", str(data)],
+                [
+                    *(program("nanogpt-flower"), "node", str(party), "--data", str(data)),
+                    *("--policy", str(self.policy), "--reproducible"),
+                ],
                 env=os.environ | {"FLWR_HOME": str(self.home(party.name))},
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -255,11 +258,13 @@ class Deployment:
 
 
 @pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Iterator[Deployment]:
+def deployment(
+    tmp_path_factory: pytest.TempPathFactory, text_file: Path, policy_file: Path
+) -> Iterator[Deployment]:
     room = tmp_path_factory.mktemp("deployment")
     parts = partition(load_corpus(str(text_file)), 2).write(room / "datasets")
     with Federation(room / "home") as federation:
-        deployment = Deployment(federation, room, parts)
+        deployment = Deployment(federation, room, parts, policy_file)
         try:
             yield deployment
         finally:
@@ -296,6 +301,7 @@ def output_of_a_node_that_ends(deployment: Deployment, party: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.deployed
 def test_a_run_of_the_listed_app_is_answered_and_its_fab_is_not_unpacked(
     deployment: Deployment,
     tiny: dict[str, Any],

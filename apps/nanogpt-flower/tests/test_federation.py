@@ -279,15 +279,18 @@ def test_a_failed_run_fails_with_its_clients_reasons(
 
 
 @pytest.mark.slow
+@pytest.mark.deployed
 def test_supernodes_train_on_their_own_directories_as_in_one_process(
     tiny: dict[str, Any],
     run_app: Callable[..., Path],
     text_file: Path,
+    policy_file: Path,
     tmp_path: Path,
 ) -> None:
     settings = tiny | {"num-server-rounds": 1}
     output = {"output-dir": str(tmp_path / "deployed")}
-    status, printed = run("run", "full", "--deploy", **(settings | output))
+    options = ["--deploy", "--policy", str(policy_file)]
+    status, printed = run("run", "full", *options, **(settings | output))
     assert status == 0, printed
     (deployed,) = run_directories(tmp_path / "deployed")
     for number in range(2):
@@ -305,7 +308,11 @@ def test_supernodes_train_on_their_own_directories_as_in_one_process(
 
 @pytest.mark.slow
 def test_a_server_without_text_asks_real_supernodes_for_their_vocabulary(
-    app_directory: Path, tiny: dict[str, Any], text_file: Path, tmp_path: Path
+    app_directory: Path,
+    tiny: dict[str, Any],
+    text_file: Path,
+    policy_file: Path,
+    tmp_path: Path,
 ) -> None:
     parts = partition(load_corpus(str(text_file)), 2).write(tmp_path / "datasets")
     settings = tiny | {
@@ -317,7 +324,8 @@ def test_a_server_without_text_asks_real_supernodes_for_their_vocabulary(
     with Federation(tmp_path / "home", {progress.VARIABLE: str(events)}) as federation:
         federation.start_superlink()
         for number, part in enumerate(parts):
-            federation.start_supernode(f"supernode-{number}", f"data-path='{part}'")
+            config = f"data-path='{part}' policy='{policy_file}'"
+            federation.start_supernode(f"supernode-{number}", config)
         federation.run(app_directory, settings)
     reported = [json.loads(line) for line in progress.Lines(events).new()]
     trained = {e["client"] for e in reported if e["event"] == "client" and e["step"] == e["steps"]}

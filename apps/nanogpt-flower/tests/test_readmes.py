@@ -42,6 +42,8 @@ TINY = {"num-server-rounds": 1, "max-steps": 2, "batch-size": 4, "block-size": 1
 TINY |= {"sample-tokens": 20, "round-sample-tokens": 10}
 QUICK = "corpus={room}/my.txt " + " ".join(f"{key}={value}" for key, value in TINY.items())
 CONFIG = "--run-config \"corpus='{room}/my.txt' " + QUICK.partition(" ")[2] + '"'
+# The settings of these tests are too small for the default policy of a client.
+LOOSE = "--policy {room}/policy.toml"
 HAS_GPU = torch.cuda.is_available()
 MARK = "NANOGPT_FLOWER_README_TEST"  # environment variable of all processes of the slow tests
 TIMEOUT = 1800.0  # seconds
@@ -71,11 +73,13 @@ RULES = [  # the first rule that matches applies
     Rule(r"nanogpt-flower (presets|runs)$", FAST),
     Rule(r"nanogpt-flower (sample|chat|eval|report) ", FAST),
     Rule(r"nanogpt-flower run .*--gpus", SHELL if HAS_GPU else REFUSED, QUICK),
+    Rule(r"nanogpt-flower run .*--deploy", SHELL, f"{QUICK} {LOOSE}"),
     Rule(r"nanogpt-flower (run|compare) ", SHELL, QUICK),
     Rule(r"nanogpt-flower resume latest$", SHELL, "num-server-rounds=9"),
     Rule(r"nanogpt-flower resume ", SHELL),
     Rule(r"nanogpt-flower --install-completion$", SHELL),
-    Rule(r"nanogpt-flower (credentials|node) ", DEPLOYMENT),
+    Rule(r"nanogpt-flower credentials ", DEPLOYMENT),
+    Rule(r"nanogpt-flower node ", DEPLOYMENT, LOOSE),
     Rule(r"FLWR_HOME=\S+ flwr run ", DEPLOYMENT, CONFIG),
     Rule(r"FLWR_HOME=\S+ (flower-superexec|flwr supernode register) ", DEPLOYMENT),
     Rule(
@@ -110,7 +114,8 @@ RULES = [  # the first rule that matches applies
         NOX,
         "-- num-server-rounds=1 max-steps=1 batch-size=1 n-layer=1 --codecs fp32",
     ),
-    Rule(r"nox -s (simulate|deploy)$", NOX, f"-- {QUICK} output-dir={{room}}/runs"),
+    Rule(r"nox -s simulate$", NOX, f"-- {QUICK} output-dir={{room}}/runs"),
+    Rule(r"nox -s deploy$", NOX, f"-- {QUICK} output-dir={{room}}/runs {LOOSE}"),
     Rule(r"nox -s build$", NOX),
     Rule(r"nox -s readmes$", f"{APP}/tests/test_readmes.py"),
     Rule(r"pytest benchmarks$", "nox -s bench"),
@@ -180,6 +185,7 @@ def room(tmp_path_factory: pytest.TempPathFactory, run_app: Callable[..., Path])
     """
     room = tmp_path_factory.mktemp("room")
     write_text(room / "my.txt")
+    (room / "policy.toml").write_text("min-replies = 1", encoding="utf-8")
     small = {"n-layer": 1, "n-head": 2, "n-embd": 16, "device": "cpu"}
     places = {"corpus": str(room / "my.txt"), "output-dir": str(room / "runs")}
     with pytest.MonkeyPatch.context() as patch:
