@@ -197,27 +197,51 @@ def terminal_of_the_submitter_closed(directory: Path) -> Outcome:
 # --- time
 
 
-@fault("network", "clock", "the run completes; at most the replies of that client are lost")
-def clock_13_hours_ahead(directory: Path) -> Outcome:
-    """The clock of a SuperNode is 13 hours ahead, and messages live 12 hours."""
-    return other_clock(directory, HOURS_13)
+@fault("network", "clock", "it cannot join, and the others get the weights of a run without it")
+def clock_wrong_from_the_start(directory: Path) -> Outcome:
+    """The clock of a SuperNode is 13 hours ahead when it wants to join."""
+    with clocked(directory, min_clients=2) as deployment:
+        deployment.clock_file.touch()
+        deployment.start_supernode(LAST, ahead=HOURS_13)
+        deployment.submit()
+        finished = ended(deployment)
+        refused = "401" in deployment.log("superlink")
+        happened = "the SuperLink refused it (401)" if refused else "it joined"
+        return same_result(happened, finished, reference(PAIR), reference(HONEST))
 
 
-@fault("network", "clock", "the run completes; at most the replies of that client are lost")
-def clock_13_hours_behind(directory: Path) -> Outcome:
-    """The clock of a SuperNode is 13 hours behind, and messages live 12 hours."""
-    return other_clock(directory, -HOURS_13)
+@fault("network", "clock", "the run completes; only that client's replies are lost")
+def clock_jumps_13_hours_ahead(directory: Path) -> Outcome:
+    """The clock of a SuperNode jumps 13 hours ahead in a round, and messages live 12 hours."""
+    return clock_jumps(directory, HOURS_13)
 
 
-def other_clock(directory: Path, ahead: float) -> Outcome:
-    """Run with a SuperNode of which the clock is wrong."""
-    settings = {**SETTINGS, "round_timeout": IMPATIENT}
+@fault("network", "clock", "the run completes; only that client's replies are lost")
+def clock_jumps_13_hours_back(directory: Path) -> Outcome:
+    """The clock of a SuperNode jumps 13 hours back in a round, and messages live 12 hours."""
+    return clock_jumps(directory, -HOURS_13)
+
+
+def clock_jumps(directory: Path, ahead: float) -> Outcome:
+    """Let the clock of a SuperNode jump in the second round."""
+    with clocked(directory) as deployment:
+        deployment.start_supernode(LAST, ahead=ahead)
+        deployment.submit()
+        deployment.wait_for_round(1)
+        deployment.wait_for_work(LAST)
+        deployment.clock_file.touch()
+        return without_one_reply(deployment, HONEST, f"{ahead / 3600:+.0f} h")
+
+
+@contextmanager
+def clocked(directory: Path, **changes: Any) -> Iterator[Deployment]:
+    """Start a SuperLink and all SuperNodes but the last."""
+    settings = {**SETTINGS, "round_timeout": IMPATIENT, **changes}
     with Deployment(directory, HONEST, **settings) as deployment:
         deployment.start_superlink()
-        for number in HONEST:
-            deployment.start_supernode(number, ahead=ahead if number == LAST else 0.0)
-        deployment.submit()
-        return without_one_reply(deployment, HONEST, f"{ahead / 3600:+.0f} h")
+        for number in PAIR:
+            deployment.start_supernode(number)
+        yield deployment
 
 
 @fault("network", "slow", NOTHING_LOST)

@@ -60,6 +60,7 @@ class Deployment:
         self._id = uuid.uuid4().hex
         self._started: dict[str, subprocess.Popen[bytes]] = {}
         self._events = directory / "events.jsonl"
+        self.clock_file = directory / "clocks-are-wrong"
         paths = [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
         self._environment = os.environ | {
             "PATH": os.pathsep.join(paths),
@@ -124,11 +125,12 @@ class Deployment:
         Args:
             number: the client.
             port: where it finds the SuperLink, if not at the SuperLink's own port.
-            ahead: seconds by which its clock is ahead.
+            ahead: seconds by which its clock is ahead once `clock_file` exists.
         """
         pairs = [f"{key}='{value}'" for key, value in self.clients[number].node_config.items()]
         path = os.pathsep.join([str(CLOCK), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        clock = {"PYTHONPATH": path, "FAULT_CLOCK_SECONDS": str(ahead)} if ahead else {}
+        clock = {"FAULT_CLOCK_SECONDS": str(ahead), "FAULT_CLOCK_FILE": str(self.clock_file)}
+        clock = {"PYTHONPATH": path, **clock} if ahead else {}
         self.start(
             f"supernode-{number}", "flower-supernode", "--insecure", "--superlink",
             f"127.0.0.1:{port or self.port}", "--port", str(free_port()), "--node-config",

@@ -1,4 +1,4 @@
-"""Put a process's clock forward by `FAULT_CLOCK_SECONDS`.
+"""Put a process's clock forward by `FAULT_CLOCK_SECONDS` once the file `FAULT_CLOCK_FILE` exists.
 
 Python runs this file at its start if this directory is in PYTHONPATH.
 """
@@ -8,6 +8,12 @@ import os
 import time
 
 AHEAD = float(os.environ.get("FAULT_CLOCK_SECONDS", "0"))
+FILE = os.environ.get("FAULT_CLOCK_FILE", "")
+
+
+def ahead() -> float:
+    """Return the seconds by which the clock is ahead now."""
+    return AHEAD if os.path.exists(FILE) else 0.0  # noqa: PTH110
 
 
 class Shifted(datetime.datetime):
@@ -16,14 +22,14 @@ class Shifted(datetime.datetime):
     @classmethod
     def now(cls, tz: datetime.tzinfo | None = None) -> "Shifted":
         """Return the shifted time."""
-        return super().now(tz) + datetime.timedelta(seconds=AHEAD)
+        return super().now(tz) + datetime.timedelta(seconds=ahead())
 
 
 def shift() -> None:
     """Replace the functions that read the clock."""
     seconds, nanoseconds = time.time, time.time_ns
-    time.time = lambda: seconds() + AHEAD
-    time.time_ns = lambda: nanoseconds() + int(AHEAD * 1e9)
+    time.time = lambda: seconds() + ahead()
+    time.time_ns = lambda: nanoseconds() + int(ahead() * 1e9)
     datetime.datetime = Shifted  # type: ignore[misc]
 
 
