@@ -35,6 +35,7 @@ pytestmark = pytest.mark.deployed
 
 TOKEN = "0" * 64
 POLICY = """
+queries = ["label", "vocabulary", "end_of_run"]
 min-replies = 2
 max-rounds = 1_000_000
 max-rounds-per-day = 1_000_000
@@ -352,7 +353,9 @@ def record_changes(draw: st.DrawFn) -> Change:
 
 MESSAGES = st.sampled_from(
     [
-        *("train", "train", "train", "evaluate", "query.label", "query.vocabulary", END_QUERY),
+        *["train"] * 6,
+        *["evaluate"] * 2,
+        *("query.label", "query.vocabulary", END_QUERY),
         *("query", "query.x", "query.../../x", "train.x", "evaluate.train"),
     ]
 )
@@ -392,7 +395,7 @@ def hostile(victim: Victim, kind: str, changes: list[Change]) -> Message:
 
 
 @ALWAYS
-@given(kind=MESSAGES, changes=CHANGES, run_config=RUN_CONFIGS)
+@given(kind=MESSAGES, changes=CHANGES, run_config=st.just({}) | RUN_CONFIGS)
 def test_every_message_is_answered_and_no_answer_tells_of_the_text(
     victim: Victim, kind: str, changes: list[Change], run_config: dict[str, Any]
 ) -> None:
