@@ -7,6 +7,7 @@ from rich.console import Console
 
 from faults import accidents, by_client, by_server, deployment, network  # noqa: F401, they register
 from faults.matrix import run_faults, selected, show, write
+from nanogpt_flower.interrupts import handle_signals
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -21,4 +22,5 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    handle_signals()  # after SIGTERM, as after Ctrl-C, a fault stops its processes
     sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from flwr.app import Array, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ConfigRecord, Context, Error, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 
 from faults.answers import (
@@ -39,6 +39,7 @@ from faults.runs import (
     captured,
     compared,
     completed,
+    learn_labels,
     left_out,
     new_clients,
     run,
@@ -46,7 +47,7 @@ from faults.runs import (
     settings,
     undisturbed,
 )
-from faults.wire import Client, WireGrid, ask, node_id, only
+from faults.wire import Client, WireGrid, node_id, only
 from flower_adapter import protocol, run_rounds, to_arrays, torch_client_app
 from nanogpt_flower.settings import Settings
 from shakespeare_data import CharTokenizer
@@ -267,22 +268,13 @@ def metrics_near_the_largest_double(directory: Path) -> Outcome:
 # --- C5, clipping
 
 
-def labels(clients: dict[int, Client]) -> dict[int, str]:
-    """Ask clients for their labels."""
-    config, found = settings({}), {}
-    for number, client in clients.items():
-        query = protocol.LABEL_QUERY, RecordDict()
-        reply = ask(client, *query, number=number, run_config=config, run_id=0)
-        found[number] = protocol.label_of(reply) or ""
-    return found
-
-
 @fault("B", "C5", "all three are left out, wherever their labels are in the order")
 def three_of_fifty_collude(directory: Path) -> Outcome:
     """Three of fifty clients, whose labels come first, send 1,000 times their update."""
     changes: dict[str, Any] = {"of": 50, "num_server_rounds": 1, "fraction_evaluate": 0.0}
-    label = labels(new_clients(directory, range(50), of=50))
-    hostile = sorted(label, key=label.__getitem__)[:3]
+    clients = new_clients(directory, range(50), of=50)
+    learn_labels(clients, settings({}))
+    hostile = sorted(clients, key=lambda number: str(clients[number].label))[:3]
     answer = lengthened(set(hostile), 1000.0)
     return left_out(directory, answer, numbers=range(50), hostile=hostile, **changes)
 

@@ -15,12 +15,9 @@ from typing import Any, Self
 
 import psutil
 import tomli_w
-from flwr.app import RecordDict
 
 from faults.matrix import Unexpected
-from faults.runs import ALL, HONEST, Finished, new_clients, settings
-from faults.wire import Client, ask
-from flower_adapter import protocol
+from faults.runs import ALL, HONEST, Finished, learn_labels, new_clients, settings
 from nanogpt_flower import progress
 from nanogpt_flower.local.app_directory import write_app
 from nanogpt_flower.local.federation import free_port, program
@@ -202,17 +199,7 @@ class Deployment:
 
     def finished(self) -> Finished:
         """Return the run, with the labels of its clients."""
-        for number, client in self.clients.items():
-            twin = Client(client.app, client.node_config)
-            reply = ask(
-                twin,
-                protocol.LABEL_QUERY,
-                RecordDict(),
-                number=number,
-                run_config=self.run_config,
-                run_id=0,
-            )
-            client.label = protocol.label_of(reply)
+        learn_labels(self.clients, self.run_config)
         grid: Any = SimpleNamespace(clients=self.clients)
         return Finished(self.directory / "run", grid, self.log("run"))
 

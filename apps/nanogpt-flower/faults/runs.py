@@ -94,12 +94,15 @@ class Finished:
         return load_file(path) if path.exists() else {}
 
     def averaged(self) -> dict[int, set[int]]:
-        """Return the numbers of the clients whose weights were averaged, by round."""
+        """Return the numbers of the clients whose weights were averaged, by round.
+
+        A client that has lied about its label is missing.
+        """
         numbers = {client.label: number for number, client in self.grid.clients.items()}
         rounds: dict[int, set[int]] = {}
         for line in self.lines("clients"):
-            if line["update_norm"] is not None:
-                rounds.setdefault(line["round"], set()).add(numbers.get(line["client"], -1))
+            if line["update_norm"] is not None and line["client"] in numbers:
+                rounds.setdefault(line["round"], set()).add(numbers[line["client"]])
         return rounds
 
     def reasons(self) -> list[str]:
@@ -250,6 +253,7 @@ def run(
             main(grid, Context(run_id, 0, {}, RecordDict(), config))
         except (Exception, SystemExit, PowerCut) as caught:
             error = caught
+        learn_labels(clients, config)
     return Finished(directory / name, grid, log.getvalue(), error)
 
 
@@ -293,13 +297,25 @@ def compared(happened: str, finished: Finished, reference: Finished) -> Outcome:
 def lost(finished: Finished, reference: Finished) -> str:
     """Return how many rounds and replies of the reference do not count in the finished run."""
     found, wanted = finished.averaged(), reference.averaged()
-    missing = {number: wanted[number] - found.get(number, set()) for number in wanted}
-    rounds = sum(not found.get(number) for number in wanted)
-    replies = sum(map(len, missing.values()))
+    counted = {row["round"]: row["clients"] for row in finished.lines("metrics")}
+    rounds = replies = 0
+    for number, clients in wanted.items():
+        known = found.get(number, set())
+        unknown = max(0, counted.get(number, 0) - len(known))  # they count under other labels
+        replies += max(0, len(clients - known) - unknown)
+        rounds += not counted.get(number)
     if not replies:
         return "nothing"
     total = sum(map(len, wanted.values()))
     return f"{rounds} of {len(wanted)} rounds, {replies} of {total} replies"
+
+
+def learn_labels(clients: Mapping[int, Client], run_config: Mapping[str, Any]) -> None:
+    """Ask the clients of which no honest reply has told the label."""
+    for number, client in clients.items():
+        if client.label is None:
+            query = protocol.LABEL_QUERY, RecordDict()
+            ask(client, *query, number=number, run_config=run_config, run_id=0)
 
 
 def completed(finished: Finished, reference: Finished) -> None:
