@@ -61,8 +61,8 @@ Weights = dict[str, Tensor]
 POSITIONS = "transformer.wpe.weight"
 TOKENS = "transformer.wte.weight"
 
-# The settings of the attacker. The default policy of a client allows them. The learning rate of
-# step k is 1e-7 k: the warm-up takes it below the least rate that the policy allows.
+# The settings of the attacker. The default policy of a client allows them. The sum of the learning
+# rates of all steps is just above the least one that the policy allows.
 ATTACKER = {
     "device": "cpu",
     "precision": "fp32",
@@ -73,8 +73,8 @@ ATTACKER = {
     "batch-size": 104,
     "max-steps": 20,
     "dropout": 0.0,
-    "learning-rate": 1e-4,
-    "warmup-steps": 1000,
+    "learning-rate": 1.6e-3,
+    "warmup-steps": 0,
 }
 # The settings of an attacker whose client allows everything.
 ONE_WINDOW = {
@@ -452,8 +452,9 @@ def table() -> Iterator[Row]:
     yield Row("  512 channels, windows of 64", {"n-embd": 512, "block-size": 64})
     yield Row("  muon", {"optimizer": "muon"})
     yield Row("  200 steps of 12 windows", batch(12) | {"max-steps": 200})
-    for rate in (1e-3, 1e-2, 1e-1):
-        yield Row(f"  rate {rate:g}, no warm-up", {"learning-rate": rate, "warmup-steps": 0})
+    yield Row("  rate 1e-4, warm-up of 1,000 steps", {"learning-rate": 1e-4, "warmup-steps": 1000})
+    for rate in (1e-2, 1e-1):
+        yield Row(f"  rate {rate:g}", {"learning-rate": rate})
     yield Row("  dropout 0.01", {"dropout": 0.01})
     for codec in ("bf16", "int8", "2-bit"):
         yield Row(f"  uplink {codec}", {"uplink": codec})

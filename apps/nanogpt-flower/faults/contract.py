@@ -7,15 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from nanogpt_flower.client_node import default_policy_text
+
 # The runs of the faults are small: fewer windows and steps than the default policy allows.
 SMALL_RUNS = """\
-[settings]
-batch-size = [1, 256]
-block-size = [1, 1024]
-max-steps = [1, 1000]
+max-rounds = 1_000
+max-rounds-per-day = 10_000
 
-[limits]
-least-tokens = 1
+[run-config]
+batch-size = { min = 1, max = 256 }
+block-size = { min = 1, max = 1024 }
+max-steps = { min = 1, max = 1000 }
 """
 
 # A refusal begins with a code, then comes a sentence.
@@ -27,9 +29,15 @@ STATE_FILES = "*.safetensors"  # the files of a client's state
 
 
 def deployed(part: Path, state: Path, policy: Path | None = None) -> dict[str, Any]:
-    """Return the node config of a SuperNode with its own text. None is the default policy."""
-    config = {"data-path": str(part), "state-path": str(state)}
-    return config | ({"policy": str(policy)} if policy else {})
+    """Return the node config of a SuperNode with its own text.
+
+    Without a policy file it has the default policy, but for shorter texts.
+    """
+    if policy is None:
+        policy = part / "policy.toml"
+        rules = re.sub(r"(?m)^characters = .*", "", default_policy_text())
+        policy.write_text(rules, encoding="utf-8")
+    return {"data-path": str(part), "state-path": str(state), "policy": str(policy)}
 
 
 def audit_lines(state: Path) -> list[str]:

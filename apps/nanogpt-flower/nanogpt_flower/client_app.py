@@ -100,10 +100,15 @@ def measure_part(settings: Settings, part: Part, tokenizer: CharTokenizer) -> di
         shape = model_config(settings, tokenizer.vocab_size)
     except ConfigError as error:
         raise Refusal("settings", "the shape of the model is not allowed") from error
+    # In the warm-up, step k of w has the fraction k / w of the learning rate.
+    warm = min(steps, settings.warmup_steps)
+    full_steps, ramp = steps - warm, warm * (warm + 1) / (2 * max(1, settings.warmup_steps))
     return {
+        "characters": len(part.train),
         "steps": steps,
         "windows": windows,
         "tokens": windows * settings.block_size,
+        "learning-rate-sum": settings.learning_rate * (full_steps + ramp),
         "parameters": shape.num_parameters(),
         "vocabulary": tokenizer.vocab_size,
     }

@@ -1,7 +1,7 @@
 import random
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,12 +33,22 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def ray() -> Iterator[SimpleNamespace]:
+    """Take the place of Ray, in whose processes clients are simulated."""
+    ray = SimpleNamespace(runs=True)
+    ray.is_initialized = lambda: ray.runs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "ray", ray)
+        yield ray
+
+
 @pytest.fixture(autouse=True)
-def simulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def simulated(request: pytest.FixtureRequest, ray: SimpleNamespace) -> Iterator[None]:
     """Let clients in this process be simulated ones, unless the test is marked "deployed"."""
-    is_deployed = request.node.get_closest_marker("deployed") is not None
-    ray = SimpleNamespace(is_initialized=lambda: not is_deployed)
-    monkeypatch.setitem(sys.modules, "ray", ray)
+    ray.runs = request.node.get_closest_marker("deployed") is None
+    yield
+    ray.runs = True
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flower_adapter import Policy, to_arrays
 from flower_adapter.protocol import ATTEMPTS, MIN_REPLIES, RUN
 from flower_adapter.testing import LocalGrid
-from nanogpt_flower.client_app import app, build_model, measure
+from nanogpt_flower.client_app import app, build_model, measure, measure_part
 from nanogpt_flower.client_node import default_policy, label_from, policy
 from nanogpt_flower.client_text import label
 from nanogpt_flower.preset import all_presets
@@ -104,21 +104,13 @@ def test_one_window_of_text_is_refused_by_the_default_policy(
     assert refused == "policy: batch-size is 1, this client allows 8 to 512"
 
 
-def test_the_default_policy_permits_all_presets() -> None:
-    characters = 500_000  # half of Tiny Shakespeare
-    for preset in all_presets().values():
-        settings = preset.settings
-        default_policy().check_settings(settings.to_run_config())
-        windows = settings.max_steps * settings.batch_size
-        assert windows < characters
-        default_policy().check_limits(
-            {
-                "steps": settings.max_steps,
-                "windows": windows,
-                "tokens": windows * settings.block_size,
-                "vocabulary": 65,
-            }
-        )
+@pytest.mark.parametrize("name", all_presets())
+def test_the_default_policy_permits_all_presets(name: str) -> None:
+    settings = all_presets()[name].settings
+    half = partition(load_corpus("auto"), 2)[0]
+    default_policy().check_settings(settings.to_run_config())
+    default_policy().check_limits(measure_part(settings, half, half.tokenizer))
+    assert settings.num_server_rounds <= default_policy().max_rounds
 
 
 def test_the_default_policy_names_each_setting_that_a_client_uses() -> None:
@@ -158,6 +150,9 @@ def test_the_measure_of_a_message_is_what_training_will_do(
     reply = app(message(to_clients, here), here)
     assert reply.content["metrics"]["tokens"] == measured["tokens"] == 7 * 8 * 16
     assert (measured["steps"], measured["windows"]) == (7, 7 * 8)
+    assert measured["characters"] == reply.content["metrics"]["num-examples"]
+    # the 7 first of 20 steps of warm-up to the rate 0.01
+    assert measured["learning-rate-sum"] == pytest.approx(sum(0.01 * k / 20 for k in range(1, 8)))
 
 
 def test_a_round_that_takes_too_long_is_given_up(

@@ -41,7 +41,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Partition:
     rng = random.Random(0)
     words = ["".join(rng.choices(string.ascii_letters, k=rng.randint(2, 9))) for _ in range(500)]
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(rng.choice(words) for _ in range(8000)), encoding="utf-8")
+    path.write_text(" ".join(rng.choice(words) for _ in range(25_000)), encoding="utf-8")
     return partition(load_corpus(str(path)), 2)
 
 

@@ -15,6 +15,8 @@ from faults import __main__ as command
 from faults import matrix
 from faults.matrix import FAULTS, Outcome, Skipped, Unexpected, attempt, selected
 
+pytestmark = pytest.mark.deployed
+
 FAST = [
     "path_in_a_message",
     "one_window_in_one_step",

@@ -95,14 +95,14 @@ def test_the_example_of_conversion_runs_with_a_tiny_gpt2(monkeypatch: pytest.Mon
 
 
 def test_the_examples_of_flower_adapter_run_one_after_another(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def in_one_process(server_app: ServerApp, client_app: ClientApp, num_supernodes: int) -> None:
         server_app(LocalGrid(client_app, num_supernodes), Context(1, 0, {}, RecordDict(), {}))
 
     monkeypatch.setattr("flwr.simulation.run_simulation", in_one_process)
     names: dict[str, Any] = {}
-    first, federation, client, server, state, testing = blocks(ADAPTER, "python")
+    first, federation, client, server, state, policy, testing = blocks(ADAPTER, "python")
     run(first, names)
     run(federation, names)
     names |= {name: getattr(flower_adapter, name) for name in flower_adapter.__all__}
@@ -115,6 +115,7 @@ def test_the_examples_of_flower_adapter_run_one_after_another(
         "steps": 1,
         "context": Context(1, 1, {}, RecordDict(), {}),
         "evaluate": lambda model, config, context: {"loss": 1.0, "num-examples": 1},
+        "measure": lambda config, context: {"parameters": 1},
         "evaluate_on_server": lambda server_round, arrays: MetricRecord({"val-loss": 1.0}),
     }
     run(client, names, **{"/data/state": str(directory / "state")})
@@ -124,4 +125,7 @@ def test_the_examples_of_flower_adapter_run_one_after_another(
     assert list((directory / "state").iterdir())
     run(state, names)
     assert names["saved"] is not None
+    (rules,) = blocks(ADAPTER, "toml")
+    (tmp_path / "policy.toml").write_text(rules.text, encoding="utf-8")
+    run(policy, names | {"state": tmp_path})
     run(testing, names)

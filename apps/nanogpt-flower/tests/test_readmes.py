@@ -106,6 +106,7 @@ RULES = [  # the first rule that matches applies
     Rule(r"nox -s bench$", NOX, "-- -k 'int8 or encode or beside'"),
     Rule(r"nox -s federations$", NOX, "-- memory"),
     Rule(r"nox -s faults$", NOX, "-- two_servers_on_one_run"),
+    Rule(r"nox -s (colluders|extraction)$", NOX),
     Rule(r"nox -s measure$", NOX, "-- profile --rounds 1"),
     Rule(r"nox -s measure -- loss", NOX, "--steps 1 --rows 1", ("FILE", "{room}/my.txt")),
     Rule(r"nox -s corpora$", NOX, "-- mapped"),
