@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import shutil
 import subprocess
 import threading
@@ -90,7 +91,11 @@ def resumed_after(directory: Path, damage: Callable[[Path], None]) -> Outcome:
     damage(newest)
     resumed = run(directory, resume=True)
     outcome = same_result("resumed from round 1", resumed, undisturbed())
-    warned = [line for line in resumed.log.splitlines() if DAMAGED in line and "WARN" in line]
+    warned = [
+        line
+        for line in resumed.log.splitlines()
+        if DAMAGED in line and re.search("WARN|ERROR", line)
+    ]
     expect(warned, "the log does not warn of the damaged checkpoint", outcome)
     return outcome
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -225,10 +226,19 @@ def num_examples_of_5e_324(directory: Path) -> Outcome:
     return left_out(directory, only([HOSTILE], with_metrics(num_examples=5e-324)))
 
 
-@fault("B", "C4", WITHOUT)
+@fault("B", "C4", "its weight is reduced to 10 times the median of the round, and this is said")
 def num_examples_of_2_to_53(directory: Path) -> Outcome:
     """A client says that it has 2^53 examples, far more than the others."""
-    return left_out(directory, only([HOSTILE], with_metrics(num_examples=2**53)))
+    answer = only([HOSTILE], with_metrics(num_examples=2**53))
+    finished, whole = run(directory, ALL, answer=answer), undisturbed(ALL)
+    completed(finished, whole)
+    outcome = compared("its weight was reduced", finished, whole)
+    reduced = re.findall(r"its weight .* is reduced to", finished.log)
+    expect(reduced, "the log does not say that a weight was reduced", outcome)
+    assert finished.loss is not None
+    assert whole.loss is not None
+    expect(abs(finished.loss - whole.loss) < 0.1, "the client has replaced the average", outcome)
+    return outcome
 
 
 @fault("B", "C4", WITHOUT)
@@ -429,8 +439,10 @@ def label_of_another_client(directory: Path) -> Outcome:
     finished = run(directory, ALL, answer=answer)
     reasons = finished.reasons()
     happened = f"left out: {reasons[0]}" if reasons else "both counted"
-    references = [undisturbed(HONEST), undisturbed(ALL)]
-    return same_result(happened, finished, *references, rounding=True)
+    # The order of the mean is another one. The weights then differ in their last bits, and clients
+    # whose draws follow from the weights draw other windows.
+    completed(finished, undisturbed(ALL))
+    return compared(happened, finished, undisturbed(ALL))
 
 
 # --- C9: buffers
@@ -610,7 +622,7 @@ def eight_of_thirteen_each_in_another_way(directory: Path) -> Outcome:
         with_values(lambda values: np.full_like(values, np.inf)),
         with_metrics(num_examples=1e300),
         with_metrics(num_examples=5e-324),
-        with_metrics(num_examples=2**53),
+        with_metrics(num_examples=0.5),
         with_values(lambda values: values + 1e6),
     ]
     hostile = range(5, 13)

@@ -370,10 +370,11 @@ def name_of_another_run(directory: Path) -> Outcome:
         before = states(stranger.state)
         for run_name in (str(stranger.grid.run_id), str(token), "0" * 64):
             for server_round in (1, 2, 3):
-                own = as_in_the_honest_run(stranger, stranger.state, run_name, server_round)
+                twin = copied(stranger, "twin")  # without what the stranger's last round has kept
+                own = as_in_the_honest_run(stranger, twin, run_name, server_round)
                 fresh = as_in_the_honest_run(stranger, emptied(stranger), run_name, server_round)
                 expect(digest(own) == digest(fresh), "the reply comes from another run's state")
-                now = states(stranger.state)
+                now = states(twin)
                 changed = [name for name in before if now.get(name) != before[name]]
                 expect(not changed, f"the state of the honest run was changed: {changed}")
         return "the client started afresh, the state of the honest run stayed"
@@ -395,11 +396,17 @@ def as_in_the_honest_run(stranger: Stranger, state: Path, run: str, server_round
     )
 
 
-def emptied(stranger: Stranger) -> Path:
-    """Return a copy of the client's state directory without the states of runs."""
-    twin = stranger.directory / "twin"
+def copied(stranger: Stranger, name: str) -> Path:
+    """Return a copy of the client's state directory."""
+    twin = stranger.directory / name
     shutil.rmtree(twin, ignore_errors=True)
     shutil.copytree(stranger.state, twin)
+    return twin
+
+
+def emptied(stranger: Stranger) -> Path:
+    """Return a copy of the client's state directory without the states of runs."""
+    twin = copied(stranger, "emptied")
     for path in twin.rglob(contract.STATE_FILES):
         path.unlink()
     return twin

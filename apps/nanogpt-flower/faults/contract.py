@@ -11,6 +11,7 @@ from nanogpt_flower.client_node import default_policy_text
 
 # The runs of the faults are small: fewer windows and steps than the default policy allows.
 SMALL_RUNS = """\
+queries = ["label", "vocabulary", "end_of_run"]
 max-rounds = 1_000
 max-rounds-per-day = 10_000
 

@@ -86,7 +86,7 @@ class Finished:
     @property
     def rounds(self) -> int:
         """The number of rounds in which replies were averaged."""
-        return sum(row["clients"] > 0 for row in self.lines("metrics"))
+        return sum(row["train_loss"] is not None for row in self.lines("metrics"))
 
     def model(self) -> dict[str, Tensor]:
         """Return the final weights, or nothing if there are none."""

@@ -20,6 +20,9 @@ from flwr.supercore.run import Run
 # ServerApp, and `become_a_server` sets them in a test.
 from flwr.supercore.task_identity import TaskIdentity
 
+# Flower talks to the SuperLink with httpx. This is the error of a connection.
+from httpx import TransportError
+
 
 def become_a_server() -> None:
     """Give this process the identity of a ServerApp, if it has none. It can then make messages."""
@@ -39,6 +42,7 @@ __all__ = [
     "MetricRecordValues",
     "Mod",
     "Run",
+    "TransportError",
     "become_a_server",
     "set_message_id",
 ]

@@ -8,6 +8,7 @@ not be averaged.
 """
 
 import base64
+import hashlib
 import json
 import math
 import os
@@ -44,7 +45,7 @@ _FILE_KINDS = frozenset(
     ["bool", "float16", "float32", "float64"]
     + [f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 32, 64)]
 )
-_STRUCTURE, _FOREIGN = "structure", "foreign"
+_STRUCTURE, _FOREIGN, _SHA256 = "structure", "foreign", "sha256"  # metadata of a file
 
 
 def pack(value: Any, path: str) -> tuple[str, dict[str, Array]]:
@@ -92,8 +93,10 @@ def write_file(path: Path, structure: str, arrays: Mapping[str, Array]) -> None:
         else:
             values[name] = np.frombuffer(array.data, np.uint8)
             foreign[name] = (array.dtype, list(array.shape), array.stype)
+    metadata = {_STRUCTURE: structure, _FOREIGN: json.dumps(foreign)}
+    metadata[_SHA256] = _sha256(metadata, values)
     try:
-        save_file(values, path, {_STRUCTURE: structure, _FOREIGN: json.dumps(foreign)})
+        save_file(values, path, metadata)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     sync(path)
@@ -111,8 +114,11 @@ def read_file(path: Path) -> tuple[str, dict[str, Array]]:
             metadata = file.metadata() or {}
             structure, foreign = metadata[_STRUCTURE], json.loads(metadata[_FOREIGN])
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            sha256 = metadata.pop(_SHA256)
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is truncated or has another format: {error}") from error
+    if _sha256(metadata, values) != sha256:
+        raise ValueError(f"{path} does not have the SHA-256 with which it was written")
     arrays = {}
     for name, found in values.items():
         if name in foreign:
@@ -129,6 +135,16 @@ def make_directory(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for place in reversed(missing):
         sync(place.parent)
+
+
+def _sha256(metadata: Mapping[str, str], values: Mapping[str, NDArray[Any]]) -> str:
+    """Return the SHA-256 of all metadata and arrays. The order does not matter."""
+    total = hashlib.sha256(json.dumps([metadata[_STRUCTURE], metadata[_FOREIGN]]).encode())
+    for name in sorted(values):
+        array = np.ascontiguousarray(values[name])
+        total.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
+        total.update(array.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -47,9 +47,13 @@ class Nodes:
         return label is None, label or "", node
 
     def learn(self, labels: Mapping[int, str | None]) -> None:
-        """Store the labels from replies. With a seed, warn if labels are missing or equal."""
+        """Store the labels from replies. With a seed, warn if labels are missing or equal.
+
+        The first label of a node counts, so a client cannot take another place later.
+        """
         labels = {
-            node: shown(label, LONGEST_LABEL) if label else None for node, label in labels.items()
+            node: self._labels.get(node) or (shown(label, LONGEST_LABEL) if label else None)
+            for node, label in labels.items()
         }
         self._labels.update({node: label for node, label in labels.items() if label is not None})
         if self._seed is not None and len(labels) > 1:

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -11,8 +12,11 @@ from typing import IO, Self
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from flower_adapter._flwr import TransportError
+
 SHORTEST_WAIT, LONGEST_WAIT = 0.05, 1.0  # seconds between two looks for replies
-MOST_TRIES = 3  # to pull a reply that raises an exception
+
+logger = logging.getLogger("flwr")
 
 
 def receive(
@@ -22,36 +26,39 @@ def receive(
 
     Each reply comes with the node to which its message was sent. The node that a reply names may be
     another one. Replies are pulled one at a time, so the caller decides how many replies are in
-    memory. Flower reads a reply when it is pulled, and a malformed one can raise any exception. If
-    a reply cannot be pulled in `MOST_TRIES` tries, its last exception comes in its place.
+    memory. Flower reads a reply when it is pulled, and a malformed one can raise any exception. It
+    then cannot be pulled again, so the exception comes in its place. Only an error of the
+    connection to the SuperLink leaves the reply there. Such a reply is pulled again.
     """
     messages = list(messages)
-    tries = {message_id: 0 for message_id in grid.push_messages(messages) if message_id}
+    pending = [message_id for message_id in grid.push_messages(messages) if message_id]
     nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
     deadline = float("inf") if timeout is None else time.monotonic() + timeout
     wait = SHORTEST_WAIT
-    while tries:
+    while pending:
         # The time is read before the replies are pulled. A slow caller therefore still gets every
         # reply that arrived in time.
         is_late = time.monotonic() >= deadline
         found = False
-        for message_id in list(tries):
+        for message_id in list(pending):
             node = nodes[message_id]
             replies: list[Message | Exception]
             try:
                 replies = list(grid.pull_messages([message_id]))
-            except Exception as error:
-                tries[message_id] += 1
-                replies = [error] if tries[message_id] == MOST_TRIES else []
+            except (OSError, TransportError) as error:
+                logger.warning("the SuperLink cannot be reached: %s", error)
+                continue
+            except Exception as error:  # whatever a client has sent
+                replies = [error]
             if replies:
-                del tries[message_id]
+                pending.remove(message_id)
                 found = True
             while replies:
                 yield node, replies.pop()  # the list must not keep the reply in memory
         if is_late:
             return
         wait = SHORTEST_WAIT if found else min(2 * wait, LONGEST_WAIT)
-        if tries:
+        if pending:
             time.sleep(max(0.0, min(wait, deadline - time.monotonic())))
 
 
