@@ -36,6 +36,7 @@ from faults.wire import Answer, Client, WireGrid, honest, packed
 from flower_adapter import (
     CheckpointError,
     Checkpoints,
+    Guard,
     RoundRecord,
     StreamingFedAvg,
     protocol,
@@ -667,6 +668,7 @@ def full_disk_for_waiting_replies(directory: Path) -> Outcome:
                     num_rounds=ROUNDS,
                     train_config=config_for_clients,
                     on_round=records.append,
+                    guard=Guard(min_replies=2),
                     reply_memory=int(2.5 * sum(len(a.data) for a in arrays.values())),
                 )
             except Exception as caught:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import platform
 import re
@@ -33,6 +34,8 @@ CORPUS_FIELDS = ("name", "source", "sha256", "licence", "note")
 LIBRARIES = ("gpt-core", "shakespeare-data", "flower-adapter", "flwr", "torch")
 
 Points = list[tuple[int, float]]  # (round, loss)
+
+logger = logging.getLogger("flwr.nanogpt_flower")
 
 
 def writable_directory(output_dir: str, subdirectory: str = "") -> Path:
@@ -115,8 +118,9 @@ class RunDirectory:
         `corpus` is the text of the server now, or None if the server has no text.
 
         Raises:
-            SettingsError: if the directory has no checkpoints, if its `config.json` cannot be read,
-                or if that run had a model of another size or another text.
+            SettingsError: if the directory has no checkpoints, or if that run had another text or a
+                model of another size. If `config.json` is damaged, it is moved aside, and only the
+                checkpoints say whether the run fits.
         """
         path = Path(settings.resume_from).expanduser().resolve()
         if not (path / CHECKPOINTS).is_dir():
@@ -124,16 +128,22 @@ class RunDirectory:
                 f"resume-from is {settings.resume_from!r}; it must be the directory of a run, but "
                 f"{path} has no {CHECKPOINTS}"
             )
-        saved = cls(path).read_json(CONFIG_FILE)
-        if (path / CONFIG_FILE).exists():
+        config = path / CONFIG_FILE
+        if config.exists():
             try:
+                saved = cls(path).read_json(CONFIG_FILE)
                 old = dict(saved["settings"])
                 old_text = saved["corpus"] and saved["corpus"]["sha256"]
-            except (KeyError, TypeError, ValueError) as error:
-                raise SettingsError(
-                    f"{path / CONFIG_FILE} is damaged, so its run cannot be resumed: it must hold "
-                    "the settings and the corpus of the run"
-                ) from error
+            except (KeyError, TypeError, ValueError):  # includes SettingsError
+                aside = config.with_name(f"damaged-{CONFIG_FILE}")
+                config.replace(aside)
+                logger.error(
+                    "%s is damaged and is now %s; nothing can say whether the settings and the "
+                    "text are those of before",
+                    config,
+                    aside,
+                )
+                return cls(path)
             new = settings.to_run_config()
             changes = [
                 f"{key} is {new[key]} but was {old.get(key)}"

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import json
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -144,12 +145,19 @@ def test_a_run_is_resumed_only_with_the_same_text(
             RunDirectory.resume(settings, text)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]"])
-def test_a_damaged_config_is_named(content: str, directory: RunDirectory) -> None:
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+def test_a_damaged_config_is_moved_aside_and_the_run_can_be_resumed(
+    content: str, directory: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
     directory.checkpoints.mkdir()
-    (directory.path / "config.json").write_text(content)
-    with pytest.raises(SettingsError, match=r"config\.json is damaged"):
-        RunDirectory.resume(Settings(resume_from=str(directory.path)), None)
+    config = directory.path / "config.json"
+    config.write_text(content)
+    logging.getLogger("flwr").propagate = True
+    resumed = RunDirectory.resume(Settings(resume_from=str(directory.path)), None)
+    assert resumed.path == directory.path
+    assert f"{config} is damaged and is now" in caplog.text
+    assert (directory.path / "damaged-config.json").read_text() == content
+    assert not config.exists()
 
 
 def test_the_config_has_settings_corpus_device_and_versions(
