@@ -84,17 +84,20 @@ def test_without_a_timeout_the_last_reply_is_awaited(monkeypatch: pytest.MonkeyP
     assert clock.now > 10_000
 
 
-def test_the_wait_between_two_looks_grows_to_a_second_and_ends_with_a_reply(
+def test_the_wait_between_two_looks_is_a_fraction_of_the_time_since_the_last_reply(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = Clock(monkeypatch)
     grid = Slow(2, never=[0, 1])
-    list(receive(grid, queries(grid), 30.0))
-    assert clock.sleeps[:6] == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+    list(receive(grid, queries(grid), 3600.0))
+    waited = np.cumsum([0.0, *clock.sleeps[:-1]])  # the last wait is cut off by the timeout
+    expected = np.clip(0.02 * waited, 0.05, 1.0)
+    assert clock.sleeps[:-1] == pytest.approx(expected[:-1])
+    assert max(clock.sleeps) == 1.0
     clock.sleeps.clear()
     grid = Slow(3, never=[0])  # the second node answers at the second look, the third at the third
-    list(receive(grid, queries(grid), 1.0))
-    assert clock.sleeps[:4] == [0.1, 0.05, 0.05, 0.1]
+    list(receive(grid, queries(grid), 100.0))
+    assert clock.sleeps[:4] == [0.05] * 4
 
 
 def test_replies_that_came_in_time_are_not_lost_to_a_slow_caller(

@@ -14,7 +14,9 @@ from flwr.serverapp import Grid
 
 from flower_adapter._flwr import TransportError
 
-SHORTEST_WAIT, LONGEST_WAIT = 0.05, 1.0  # seconds between two looks for replies
+# Seconds between two looks for replies: a fraction of the time since the last reply, within limits.
+# A reply waits for at most 2 % of the time that its client took, and long rounds cost few looks.
+SHORTEST_WAIT, LONGEST_WAIT, WAIT_FRACTION = 0.05, 1.0, 0.02
 
 logger = logging.getLogger("flwr")
 
@@ -34,12 +36,12 @@ def receive(
     pending = [message_id for message_id in grid.push_messages(messages) if message_id]
     nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
     deadline = float("inf") if timeout is None else time.monotonic() + timeout
-    wait = SHORTEST_WAIT
+    last_found = time.monotonic()
     while pending:
         # The time is read before the replies are pulled. A slow caller therefore still gets every
         # reply that arrived in time.
-        is_late = time.monotonic() >= deadline
-        found = False
+        now = time.monotonic()
+        is_late = now >= deadline
         for message_id in list(pending):
             node = nodes[message_id]
             replies: list[Message | Exception]
@@ -52,12 +54,12 @@ def receive(
                 replies = [error]
             if replies:
                 pending.remove(message_id)
-                found = True
+                last_found = now
             while replies:
                 yield node, replies.pop()  # the list must not keep the reply in memory
         if is_late:
             return
-        wait = SHORTEST_WAIT if found else min(2 * wait, LONGEST_WAIT)
+        wait = min(max(SHORTEST_WAIT, WAIT_FRACTION * (now - last_found)), LONGEST_WAIT)
         if pending:
             time.sleep(max(0.0, min(wait, deadline - time.monotonic())))
 
