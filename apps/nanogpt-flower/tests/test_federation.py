@@ -52,15 +52,19 @@ def run_directories(output: Path) -> list[Path]:
     return sorted(output.iterdir()) if output.exists() else []
 
 
+EARLIER: set[psutil.Process] = set()  # processes that other test files have started
+
+
 def descendants() -> list[psutil.Process]:
-    """Return all living processes that this one started, directly or not."""
-    children = psutil.Process().children(recursive=True)
+    """Return all living processes that the tests of this file started, directly or not."""
+    children = set(psutil.Process().children(recursive=True)) - EARLIER
     return [process for process in children if process.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def orphans_become_children_of_this_process() -> None:
     """Let no process hide behind init. This comes before the fixtures that start federations."""
+    EARLIER.update(descendants())
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
