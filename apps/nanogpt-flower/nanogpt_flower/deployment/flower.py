@@ -6,8 +6,8 @@
 Flower's `flower-superexec` starts a new `flwr-clientapp` for each message. That program unpacks the
 FAB of the run, and runs the code in it. The executor here never unpacks a FAB. It compares the
 FAB's SHA-256 with a list, and answers with the ClientApp that is installed on this machine. It has
-imported everything before the first message, and forks for each message, so a message takes a
-fraction of a second.
+imported everything before the first message, and forks for each message, so no message waits for an
+import.
 
 This module holds all names of Flower that are not public and that the app uses. `NAMES` lists them,
 and `missing_names` says which of them the installed Flower does not have.
