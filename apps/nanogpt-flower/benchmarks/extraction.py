@@ -86,7 +86,18 @@ ONE_WINDOW = {
     "learning-rate": 1e-3,
     "warmup-steps": 0,
 }
-NO_POLICY = "min-replies = 1"
+# A policy that allows everything of this page.
+NO_POLICY = """
+[run-config]
+batch-size = { min = 1 }
+block-size = { min = 1 }
+[limits]
+characters = { min = 0 }
+steps = { min = 0 }
+windows = { min = 0 }
+tokens = { min = 0 }
+learning-rate-sum = { min = 0 }
+"""
 
 
 # The client: its own code, and a record of the windows that it drew.
@@ -449,7 +460,8 @@ def table() -> Iterator[Row]:
     yield Row("2,080 windows of 32", {})
     yield Row("  in 4 rounds", {}, rounds=4)
     yield Row("  in 4 rounds, a text of 5,000 characters", {}, client="short", rounds=4)
-    yield Row("  512 channels, windows of 64", {"n-embd": 512, "block-size": 64})
+    yield Row("  384 channels, windows of 64", {"n-embd": 384, "block-size": 64})
+    yield Row("  384 channels, windows of 256", {"n-embd": 384, "block-size": 256})
     yield Row("  muon", {"optimizer": "muon"})
     yield Row("  200 steps of 12 windows", batch(12) | {"max-steps": 200})
     yield Row("  rate 1e-4, warm-up of 1,000 steps", {"learning-rate": 1e-4, "warmup-steps": 1000})

@@ -1,7 +1,7 @@
 """The fault matrix: named faults, each tried on the real app, with what they cost.
 
 `nox -s faults` runs all of them and prints one table. `nox -s faults -- B C4 link_cut` runs those
-of a group, of an entry of the table in SECURITY.md, or with a name. The results are also written to
+of a group, of an entry such as S2 or C4, or with a name. The results are also written to
 `.benchmarks/faults.json` and `.benchmarks/faults.md`.
 
     matrix.py       a fault, its outcome, the runner and the table
@@ -13,5 +13,4 @@ of a group, of an entry of the table in SECURITY.md, or with a name. The results
     accidents.py    group C: damaged files, power cuts, full disks
     network.py      group network: real processes on this machine
     processes.py    a SuperLink and SuperNodes whose processes and links can be hurt
-    deployment.py   group A: who is shut out of a deployment
 """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from faults import accidents, by_client, by_server, deployment, network  # noqa: F401, they register
+from faults import accidents, by_client, by_server, network  # noqa: F401, they register
 from faults.matrix import run_faults, selected, show, write
 from nanogpt_flower.interrupts import handle_signals
 

@@ -82,12 +82,14 @@ class Stranger:
     ) -> Message:
         """Send one message, and return the reply. The settings have "_" in place of "-"."""
         changed = {key.replace("_", "-"): value for key, value in changes.items()}
+        is_query = message_type.startswith(MessageType.QUERY)
+        sent = weights() if arrays is None and not is_query else arrays
         return ask(
             client or self.client(),
             message_type,
             RecordDict(
                 {
-                    "arrays": weights() if arrays is None else arrays,
+                    **({} if sent is None else {"arrays": sent}),
                     "config": ConfigRecord({**config_for_clients(), **(config or {})}),
                     **(records or {}),
                 }

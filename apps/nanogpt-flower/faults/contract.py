@@ -17,14 +17,21 @@ max-rounds-per-day = 10_000
 
 [run-config]
 batch-size = { min = 1, max = 256 }
-block-size = { min = 1, max = 1024 }
+block-size = { min = 1, max = 256 }
 max-steps = { min = 1, max = 1000 }
+
+[limits]
+characters = { min = 0 }
+steps = { min = 0 }
+windows = { min = 0 }
+tokens = { min = 0 }
+learning-rate-sum = { min = 0 }
 """
 
 # A refusal begins with a code, then comes a sentence.
 REFUSAL = re.compile(r"[a-z][a-z-]*: \S.*")
 LONGEST_REASON = 600  # characters: 500 of the client's, and the server's own words
-MOST_RUNS = 64  # runs of which one client keeps a state
+MOST_RUNS = 20  # runs of which one client keeps a state
 SECRET_MODES = {"directory": 0o700, "file": 0o600}
 STATE_FILES = "*.safetensors"  # the files of a client's state
 

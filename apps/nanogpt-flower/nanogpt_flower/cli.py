@@ -180,9 +180,7 @@ def presets() -> None:
 
 @app.command()
 def policy(
-    check: Annotated[
-        Path | None, typer.Option("--check", help="check this policy file, and print nothing")
-    ] = None,
+    check: Annotated[Path | None, typer.Option("--check", help="check this policy file")] = None,
 ) -> None:
     """Print the default policy of a client, with a comment for each key.
 
@@ -192,13 +190,13 @@ def policy(
     nanogpt-flower policy > policy.toml
     nanogpt-flower policy --check policy.toml
     """
-    from flower_adapter import Policy
-    from nanogpt_flower.client_node import default_policy_text
+    from nanogpt_flower.client_node import default_policy_text, read_policy
 
     if check is None:
         print(default_policy_text(), end="")
     else:
-        Policy.read(check)
+        read_policy(check)
+        print(f"{check} is a sound policy")
 
 
 @app.command()
@@ -474,6 +472,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except ValueError as error:  # includes CheckpointError, ConfigError, DataError, SettingsError
         print(f"nanogpt-flower: error: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(f"nanogpt-flower: error: {error.filename} cannot be written", file=sys.stderr)
+        return 2
+    except FileNotFoundError as error:
+        print(f"nanogpt-flower: error: {error.filename} cannot be made or found", file=sys.stderr)
         return 2
     except Interrupted as error:
         print(

@@ -20,6 +20,7 @@ from flower_adapter import (
     policy_mod,
     restore_state,
     save_state,
+    state_digest,
     torch_client_app,
 )
 from gpt_core import (
@@ -135,7 +136,8 @@ def secret_seed(model: GPT, config: ConfigRecord, context: Context) -> list[int]
     """Return a seed that nobody without the secret of this client can compute.
 
     A round that a resumed run repeats has the same seed. Any other request has another seed: other
-    weights or other settings in the same round must not show the server the same windows again.
+    weights, other settings or another optimizer state in the same round must not show the server
+    the same windows again.
     """
     asked = {key: context.run_config.get(key) for key in default_policy().run_config}
     weights = hashlib.sha256()
@@ -146,6 +148,7 @@ def secret_seed(model: GPT, config: ConfigRecord, context: Context) -> list[int]
         str(config["server-round"]),
         json.dumps(asked, sort_keys=True),
         weights.hexdigest(),
+        state_digest(context),
     )
     return list(derive(secret(context), "draws", *request))
 

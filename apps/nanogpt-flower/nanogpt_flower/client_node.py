@@ -20,7 +20,8 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from flower_adapter import Policy, derive, own_secret
+from flower_adapter import Policy, PolicyError, derive, own_secret
+from nanogpt_flower.settings import Settings
 from shakespeare_data import DataError
 
 NO_SECRET = b""  # everybody knows it, so everything that is derived from it is reproducible
@@ -78,7 +79,32 @@ def policy(context: Context) -> Policy | None:
     if is_simulated():
         return None
     path = str(context.node_config.get("policy", ""))
-    return Policy.read(Path(path).expanduser()) if path else default_policy()
+    return read_policy(Path(path).expanduser()) if path else default_policy()
+
+
+def read_policy(path: Path) -> Policy:
+    """Read a policy file. What it does not say is as in the default policy.
+
+    Raises:
+        PolicyError: the file cannot be read, or it has a key or a value that means nothing here.
+    """
+    usual, own = default_policy(), Policy.read(path, default_policy())
+    known = {
+        "messages": (own.messages, usual.messages),
+        "queries": (own.queries, usual.queries),
+        "run-config": (own.run_config, {**Settings().to_run_config(), **usual.run_config}),
+        "limits": (own.limits, usual.limits),
+    }
+    for key, (found, allowed) in known.items():
+        if unknown := sorted(set(found) - set(allowed)):
+            raise PolicyError(
+                f"{path}: {key} has {unknown[0]!r}, should have only {', '.join(allowed)}"
+            )
+    for key, choices in usual.run_config.items():
+        mine = own.run_config[key]
+        if bool(mine.one_of) != bool(choices.one_of) or set(mine.one_of) - set(choices.one_of):
+            raise PolicyError(f"{path}: run-config.{key} allows {mine}, should be within {choices}")
+    return own
 
 
 @lru_cache(maxsize=1)

@@ -5,6 +5,7 @@ contain no times, so two runs with the same settings on one machine write the sa
 are in `timings.jsonl`, and the samples are in `samples.jsonl`. `report.html` shows all of them.
 """
 
+import logging
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -31,6 +32,8 @@ EMPTY: dict[str, Any] = {
     "fp32_bytes_up": 0,
     "left_out": None,
 }
+
+logger = logging.getLogger("flwr.nanogpt_flower")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,12 @@ class Row:
 
 def _cell(value: float | None, width: int, digits: int) -> str:
     return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
+
+
+def _whole(value: object) -> int | None:
+    """Return a count from a client, or None if it cannot be one."""
+    is_count = isinstance(value, int | float) and 0 <= value < 2**53 and value == int(value)
+    return int(value) if is_count else None  # type: ignore[call-overload]
 
 
 class History:
@@ -168,11 +177,14 @@ class History:
         write("timings.jsonl", map(timing_line, self.records))
         kept = sorted((at, text) for at, text in self.samples.items() if at in done)
         write(SAMPLES, [{"round": at, "text": text} for at, text in kept])
-        self.directory.draw_curve(
-            [(r.round, r.shown_val_loss) for r in self.rows if r.shown_val_loss is not None],
-            [(r.round, r.train_loss) for r in self.rows if r.train_loss is not None],
-        )
-        write_report(self.directory.path, refresh=running)
+        try:
+            self.directory.draw_curve(
+                [(r.round, r.shown_val_loss) for r in self.rows if r.shown_val_loss is not None],
+                [(r.round, r.train_loss) for r in self.rows if r.train_loss is not None],
+            )
+            write_report(self.directory.path, refresh=running)
+        except Exception:  # a picture of the run must not end the run
+            logger.exception("the report of round %d cannot be written", self.rows[-1].round)
 
     def table(self) -> str:
         """Return a table of all rounds with notes below it.
@@ -206,8 +218,8 @@ def client_lines(record: RoundRecord, model_bytes: int) -> list[dict[str, Any]]:
     for client in record.train_clients:
         found = line(client.label, client.node, client.bytes_sent, client.bytes_received)
         found["train_loss"] = client.metrics.get("train-loss")
-        found["train_characters"] = client.metrics.get("num-examples")
-        found["tokens"] = client.metrics.get("tokens")
+        found["train_characters"] = _whole(client.metrics.get("num-examples"))
+        found["tokens"] = _whole(client.metrics.get("tokens"))
         found["update_norm"] = client.update_norm
     for client in record.evaluate_clients:
         found = line(client.label, client.node, client.bytes_sent, client.bytes_received)

@@ -7,7 +7,8 @@ from collections import Counter
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from flower_adapter.server.record import LONGEST_LABEL, LONGEST_REASON, shown
+from flower_adapter.printable import shown
+from flower_adapter.server.record import LONGEST_LABEL, LONGEST_REASON
 from flower_adapter.server.replies import receive
 from nanogpt_flower.composition import (
     NO_CORPUS,

@@ -51,6 +51,29 @@ def simulated(request: pytest.FixtureRequest, ray: SimpleNamespace) -> Iterator[
     ray.runs = True
 
 
+# A policy without floors, for tiny models and short runs.
+LOOSE_POLICY = """
+min-replies = 1
+max-rounds = 1_000
+max-rounds-per-day = 10_000
+max-rounds-in-all = 10_000
+
+[run-config]
+batch-size = { min = 1 }
+block-size = { min = 1 }
+max-steps = { min = 0 }
+learning-rate = { min = 0 }
+n-embd = { min = 1 }
+
+[limits]
+characters = { min = 0 }
+steps = { min = 0 }
+windows = { min = 0 }
+tokens = { min = 0 }
+learning-rate-sum = { min = 0 }
+"""
+
+
 @pytest.fixture(scope="session")
 def app_directory() -> Path:
     return APP
@@ -107,7 +130,7 @@ def context(default_run_config: dict[str, Any], tiny: dict[str, Any]) -> Callabl
 def policy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy for tiny models and short runs."""
     path = tmp_path_factory.mktemp("policy") / "policy.toml"
-    path.write_text("min-replies = 1", encoding="utf-8")
+    path.write_text(LOOSE_POLICY, encoding="utf-8")
     return path
 
 

@@ -183,7 +183,7 @@ def test_the_printed_policy_is_a_policy_file(
     assert main(["policy"]) == 0
     (tmp_path / "policy.toml").write_text(capsys.readouterr().out, encoding="utf-8")
     assert main(["policy", "--check", str(tmp_path / "policy.toml")]) == 0
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr().out == f"{tmp_path / 'policy.toml'} is a sound policy\n"
 
 
 def test_a_policy_file_with_an_unknown_key_is_an_error(

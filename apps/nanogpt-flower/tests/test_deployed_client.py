@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from flower_adapter import Policy, to_arrays
+from flower_adapter import Policy, PolicyError, to_arrays
 from flower_adapter.protocol import ATTEMPTS, MIN_REPLIES, RUN
 from flower_adapter.testing import LocalGrid
 from nanogpt_flower.client_app import app, build_model, measure, measure_part
-from nanogpt_flower.client_node import default_policy, label_from, policy
+from nanogpt_flower.client_node import default_policy, label_from, policy, read_policy
 from nanogpt_flower.client_text import label
 from nanogpt_flower.preset import all_presets
 from nanogpt_flower.settings import Settings
@@ -23,7 +24,20 @@ from shakespeare_data import load_corpus, partition
 pytestmark = pytest.mark.deployed
 MakeContext = Callable[..., Context]
 TOKEN = "0" * 64
-RULES = "min-replies = 2\n[limits]\nparameters = { max = 100_000 }\n"  # for a tiny model
+# for a tiny model and short rounds
+RULES = """
+min-replies = 2
+[run-config]
+max-steps = { min = 1 }
+learning-rate = { min = 1e-5 }
+[limits]
+characters = { min = 0 }
+steps = { min = 0 }
+windows = { min = 0 }
+tokens = { min = 0 }
+learning-rate-sum = { min = 0 }
+parameters = { max = 100_000 }
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -250,10 +264,10 @@ def test_a_client_writes_in_its_state_path_alone(
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"n_embd": 8000, "n_head": 8}, "policy: parameters is "),
-        ({"n_layer": 10**9}, "policy: parameters is "),
-        ({"block_size": 10**9}, "data: this client cannot train"),
-        ({"n_embd": 7}, "settings: a setting of the run is not allowed"),
+        ({"n_embd": 8000, "n_head": 8}, "policy: n-embd is 8000, this client allows 8 to 384"),
+        ({"n_layer": 12, "n_embd": 384}, "policy: parameters is out of range, this client"),
+        ({"block_size": 10**9}, "policy: block-size is 1000000000"),
+        ({"n_embd": 9}, "settings: a setting of the run is not allowed"),
     ],
 )
 def test_a_model_that_is_too_large_is_refused_before_it_is_built(
@@ -271,7 +285,9 @@ def test_a_model_that_is_too_large_is_refused_before_it_is_built(
 def test_arrays_are_compared_before_a_model_is_built(
     deployed: MakeContext, to_clients: ConfigRecord, tmp_path: Path
 ) -> None:
-    (tmp_path / "policy.toml").write_text("", encoding="utf-8")
+    anything = f"{RULES}[run-config.n-embd]\nmin = 1\n[limits.seconds]\nmin = 0"
+    anything = anything.replace("parameters = { max = 100_000 }", "parameters = { min = 1 }")
+    (tmp_path / "policy.toml").write_text(anything, encoding="utf-8")
     here = deployed(n_embd=8000, n_head=8)
     sent = message(to_clients, deployed())
     huge = Array("float32", (16_000, 16_000), "numpy.ndarray", b"\x93NUMPY" + bytes(126))
@@ -324,7 +340,8 @@ def test_the_audit_log_and_the_count_of_rounds_stay_with_the_client(
     deployed: MakeContext, to_clients: ConfigRecord, tmp_path: Path
 ) -> None:
     app(message(to_clients, deployed()), deployed())
-    app(message(to_clients, deployed(), kind="query.label"), deployed())
+    query = Message(RecordDict(), 2, "query.label")
+    app(query, deployed())
     app(message(to_clients, deployed(), **{MIN_REPLIES: 1}), deployed())
     lines = [
         json.loads(line)
@@ -339,3 +356,28 @@ def test_the_audit_log_and_the_count_of_rounds_stay_with_the_client(
 def test_the_default_policy_is_what_its_file_says() -> None:
     assert default_policy().min_replies == 2
     assert default_policy() != Policy()
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("[limits]\nparamters = { max = 8 }", "limits has 'paramters', should have only charact"),
+        ("[run-config]\nbatchsize = { min = 8 }", "run-config has 'batchsize', should have only"),
+        ("[run-config]\noptimizer = { min = 8 }", "run-config.optimizer allows at least 8, should"),
+        ('[run-config]\noptimizer = { one-of = ["sgdd"] }', "run-config.optimizer allows one of"),
+        ('messages = ["trian"]', "messages has 'trian', should have only train, evaluate, query"),
+        ('queries = ["vocabluary"]', "queries has 'vocabluary', should have only label, vocab"),
+    ],
+)
+def test_a_policy_file_with_a_typing_error_is_an_error(
+    text: str, error: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(PolicyError) as caught:
+        read_policy(tmp_path / "own.toml")
+    assert error in str(caught.value)
+
+
+def test_a_policy_file_that_changes_one_line_keeps_the_floors(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text("max-rounds = 5", encoding="utf-8")
+    assert read_policy(tmp_path / "own.toml") == replace(default_policy(), max_rounds=5)

@@ -39,7 +39,15 @@ queries = ["label", "vocabulary", "end_of_run"]
 min-replies = 2
 max-rounds = 1_000_000
 max-rounds-per-day = 1_000_000
+max-rounds-in-all = 1_000_000
+[run-config]
+batch-size = { min = 1 }
+block-size = { min = 1 }
+learning-rate = { min = 0 }
 [limits]
+characters = { min = 0 }
+windows = { min = 0 }
+learning-rate-sum = { min = 0 }
 steps = { max = 5 }
 tokens = { max = 20_000 }
 parameters = { max = 100_000 }

@@ -180,14 +180,16 @@ def write_text(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory, run_app: Callable[..., Path]) -> Iterator[Path]:
+def room(
+    tmp_path_factory: pytest.TempPathFactory, run_app: Callable[..., Path], policy_file: Path
+) -> Iterator[Path]:
     """The current directory of the commands: it has a text and the run that the READMEs name.
 
     Tiny Shakespeare is not available.
     """
     room = tmp_path_factory.mktemp("room")
     write_text(room / "my.txt")
-    (room / "policy.toml").write_text("min-replies = 1", encoding="utf-8")
+    shutil.copy(policy_file, room / "policy.toml")
     small = {"n-layer": 1, "n-head": 2, "n-embd": 16, "device": "cpu"}
     places = {"corpus": str(room / "my.txt"), "output-dir": str(room / "runs")}
     with pytest.MonkeyPatch.context() as patch:

@@ -35,6 +35,7 @@ from flower_adapter import (
     RoundRecord,
     StreamingFedAvg,
 )
+from flower_adapter.printable import shown
 from flower_adapter.protocol import (
     ATTEMPTS,
     CLIENT,
@@ -46,7 +47,7 @@ from flower_adapter.protocol import (
     RUN,
 )
 from flower_adapter.server.checkpoints import read_checkpoint
-from flower_adapter.server.record import MOST_LEFT_OUT, LeftOut, forget_left_out, shown
+from flower_adapter.server.record import MOST_LEFT_OUT, LeftOut, forget_left_out
 from flower_adapter.server.replies import ReplyStore
 
 FAILING = 2  # the round in which something fails

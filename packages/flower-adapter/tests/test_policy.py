@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flower_adapter import Policy, PolicyError, policy_mod
 from flower_adapter.client.policy import LEDGER_FILE, Range
-from flower_adapter.protocol import MIN_REPLIES, RUN
+from flower_adapter.protocol import COMPRESSION, MIN_REPLIES, RUN
 
 RULES = """
 queries = ["label"]
@@ -34,8 +34,10 @@ def message(kind: str = "train", token: str | None = TOKEN, **config: Any) -> Me
     fields = {MIN_REPLIES: 2, "server-round": 1, **config}
     if token is not None:
         fields[RUN] = token
-    arrays = ArrayRecord({"w": Array(np.zeros(10, np.float32))})
-    return Message(RecordDict({"arrays": arrays, "config": ConfigRecord(fields)}), 9, kind)
+    content = RecordDict({"config": ConfigRecord(fields)})
+    if not kind.startswith("query"):
+        content["arrays"] = ArrayRecord({"w": Array(np.zeros(10, np.float32))})
+    return Message(content, 9, kind)
 
 
 def context(**settings: Any) -> Context:
@@ -123,8 +125,39 @@ def test_what_the_app_measures_is_limited() -> None:
         return {"parameters": 2_000, "something else": 1}
 
     reason = asked(message(), context(), measure=measure)
-    assert reason == "policy: parameters is 2000, this client allows at most 1,000"
+    # The value can depend on the client's data, so the server does not get it.
+    assert (reason or "").startswith(
+        "policy: parameters is out of range, this client allows at most 1,000; its log has the"
+    )
     assert asked(message("query.label"), context(), measure=measure) is None
+
+
+def test_only_the_log_has_the_value_of_what_the_app_measures(
+    flower_log: pytest.LogCaptureFixture,
+) -> None:
+    asked(message(), context(), measure=lambda *_: {"parameters": 1234567})
+    assert "parameters is 1234567, this client allows at most 1,000" in flower_log.text
+
+
+def test_a_message_with_two_configs_is_refused() -> None:
+    sent = message()
+    sent.content["another"] = ConfigRecord({MIN_REPLIES: 9})
+    reason = asked(sent, context())
+    assert reason == "policy: the message holds 2 configs, should hold one"
+
+
+def test_the_record_of_the_compression_is_not_taken_for_the_config() -> None:
+    sent = message()
+    config = sent.content.pop("config")
+    sent.content[COMPRESSION] = ConfigRecord({MIN_REPLIES: 9})
+    sent.content["config"] = ConfigRecord({**config, MIN_REPLIES: 1})
+    assert "min-replies is 1" in (asked(sent, context()) or "")
+
+
+def test_a_query_with_arrays_is_refused() -> None:
+    sent = message("query.label")
+    sent.content["arrays"] = ArrayRecord({"w": Array(np.zeros(10, np.float32))})
+    assert asked(sent, context()) == "policy: a query holds arrays, should hold none"
 
 
 def test_settings_are_checked_before_anything_is_measured() -> None:
@@ -139,17 +172,42 @@ def test_a_run_has_a_limited_number_of_rounds(on_disk: bool, tmp_path: Path) -> 
     here = context()
     directory = tmp_path / "state" if on_disk else None
 
-    def ask(kind: str = "train", token: str | None = TOKEN) -> str | None:
+    def ask(kind: str = "train", token: str | None = TOKEN, run_id: int = 1) -> str | None:
         fresh = context() if on_disk else here  # the count on disk survives a restart
-        return asked(message(kind, token), fresh, directory=lambda _: directory)
+        sent = message(kind, token)
+        sent.metadata.__dict__["_run_id"] = run_id
+        return asked(sent, fresh, directory=lambda _: directory)
 
-    assert [ask() for _ in range(3)] == [None] * 3
-    assert ask() == "policy: the run has had 3 train messages, which is the limit"
+    limit = "policy: the run has had 3 train messages, which is the limit"
+    assert [ask() for _ in range(4)] == [None] * 3 + [limit]
     assert [ask("evaluate") for _ in range(3)] == [None] * 3
-    assert ask(token="1" * 64) is None
-    # Without a token each run of Flower is a run of its own.
-    assert [ask(token=None) for _ in range(3)] == [None] * 3
-    assert ask(token=None)
+    assert ask(run_id=2) == limit  # a resumed run has another id and the same token
+    assert ask(token="1" * 64) == limit  # a run of Flower has had its rounds, whatever the token
+    assert [ask(token="2" * 64, run_id=3) for _ in range(3)] == [None] * 3
+    assert [ask(token=None, run_id=4) for _ in range(4)] == [None] * 3 + [limit]
+
+
+def test_all_runs_together_have_a_limited_number_of_rounds(tmp_path: Path) -> None:
+    rules = f"max-rounds-in-all = 2\n{RULES}"
+    reasons = []
+    for number in range(3):
+        sent = message(token=f"{number:064x}")
+        sent.metadata.__dict__["_run_id"] = number
+        reasons.append(asked(sent, context(), rules, directory=lambda _: tmp_path))
+        ledger = json.loads((tmp_path / LEDGER_FILE).read_text())
+        (tmp_path / LEDGER_FILE).write_text(json.dumps({**ledger, "day": "2001-01-01"}))
+    assert reasons == [None, None, "policy: all runs have had 2 train messages, which is the limit"]
+
+
+def test_a_policy_that_says_little_keeps_the_rest_of_its_base() -> None:
+    own = Policy.from_toml(
+        "max-rounds = 9\n[run-config]\nbatch-size = { min = 1 }", base=Policy.from_toml(RULES)
+    )
+    assert own.max_rounds == 9
+    assert str(own.run_config["batch-size"]) == "at least 1"
+    assert own.queries == ("label",)
+    assert own.run_config["optimizer"].one_of == ("adamw", "muon")
+    assert own.limits == Policy.from_toml(RULES).limits
 
 
 def test_all_runs_of_a_day_have_a_limited_number_of_rounds(tmp_path: Path) -> None:

@@ -57,9 +57,10 @@ http {{
     uwsgi_temp_path nginx/uwsgi;
     scgi_temp_path nginx/scgi;
 
-    # The log has the requests that were refused.
-    map $status $refused {{ ~^[23] 0; default 1; }}
-    log_format refused '$time_iso8601 $remote_addr $status $request_length "$request"';
+    # The log has the requests that were refused, but not those above the limits below.
+    map $status $refused {{ ~^[23] 0; 429 0; default 1; }}
+    map $request $brief {{ "~^(?<start>.{{0,100}})" $start; }}
+    log_format refused '$time_iso8601 $remote_addr $status $request_length "$brief"';
     access_log nginx/refused.log refused if=$refused;
 
     # A request holds at most one part of an array, which Flower cuts into parts of 5 MiB. Bodies
@@ -67,7 +68,9 @@ http {{
     client_max_body_size 5200k;
     client_body_buffer_size 5200k;
     proxy_max_temp_file_size 0;
-    client_header_timeout 10s;
+    client_header_timeout 5s;
+    client_header_buffer_size 1k;
+    large_client_header_buffers 4 4k;
     client_body_timeout 20s;
     send_timeout 30s;
     keepalive_timeout 75s;
@@ -79,6 +82,8 @@ http {{
     limit_req_zone $binary_remote_addr zone=requests:1m rate=200r/s;
     limit_conn connections {connections};
     limit_req zone=requests burst=2000 nodelay;
+    limit_req_log_level info;
+    limit_conn_log_level info;
     limit_conn_status 429;
     limit_req_status 429;
 
@@ -89,7 +94,7 @@ http {{
     server {{
         listen {listen} ssl;
 
-        location / {{ return 403; }}
+        location / {{ deny all; }}  # "return" would come before the limits
 
         location ~ ^/v1/fleet/({paths})$ {{
             limit_except POST {{ deny all; }}
@@ -301,15 +306,18 @@ def fab_digest(app: Path) -> str:
 
 
 def _checked_address(host: str, port: int) -> str:
+    error = CredentialsError(
+        f"--host is {host!r}; it must be a host name or an IP address that the parties can reach"
+    )
     try:
-        version = ipaddress.ip_address(host).version
+        address = ipaddress.ip_address(host)
     except ValueError:
-        if not HOST_NAME.fullmatch(host):
-            raise CredentialsError(
-                f"--host is {host!r}; it must be a host name or an IP address"
-            ) from None
-        version = 4
-    return f"[{host}]:{port}" if version == 6 else f"{host}:{port}"
+        if not HOST_NAME.fullmatch(host) or host.rpartition(".")[2].isdigit():
+            raise error from None
+        return f"{host}:{port}"
+    if address.is_unspecified:
+        raise error
+    return f"[{host}]:{port}" if address.version == 6 else f"{host}:{port}"
 
 
 def _listen(host: str, port: int) -> str:

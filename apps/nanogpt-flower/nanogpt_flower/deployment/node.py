@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import tomli_w
 
-from flower_adapter import Policy
+from nanogpt_flower.client_node import read_policy
 from nanogpt_flower.deployment.credentials import (
     CA_FILE,
     KEY_FILE,
@@ -79,7 +79,7 @@ def run_node(
         )
     read_part(data)  # explains what is wrong with a directory that is not one of text
     if policy is not None:
-        Policy.read(policy)
+        read_policy(policy)
     state = party / "state" if state is None else state
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     paths = {"data-path": data, "state-path": state} | ({"policy": policy} if policy else {})
@@ -162,7 +162,10 @@ def run_programs(commands: Sequence[Sequence[str]]) -> None:
                 )
         while all(process.poll() is None for process in started):
             time.sleep(POLL_SECONDS)
-        raise RuntimeError("the SuperNode has ended; its last lines say why")
+        raise RuntimeError(
+            "the SuperNode has ended; its lines above say why. If it could not be activated, the "
+            "server does not know the key of this party: its operator must register it"
+        )
     finally:
         with deferred():
             stop(started)

@@ -14,11 +14,11 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from flower_adapter import CheckpointError, Checkpoints, Policy, Refusal
+from flower_adapter import CheckpointError, Checkpoints, Refusal
 from nanogpt_flower import progress
 from nanogpt_flower.artifacts import CONFIG_FILE, RunDirectory, new_run_name, writable_directory
 from nanogpt_flower.client_app import measure_part
-from nanogpt_flower.client_node import NO_SECRET, default_policy, label_from
+from nanogpt_flower.client_node import NO_SECRET, default_policy, label_from, read_policy
 from nanogpt_flower.composition import NO_CORPUS, compression, parts, runtime, sample_prompt
 from nanogpt_flower.fit import fit
 from nanogpt_flower.interrupts import Interrupted, deferred
@@ -296,7 +296,7 @@ def check_policy(launch: Launch, divided: Partition) -> None:
         PolicyError: the policy file cannot be used.
     """
     settings = launch.settings
-    rules = Policy.read(Path(launch.policy)) if launch.policy else default_policy()
+    rules = read_policy(Path(launch.policy)) if launch.policy else default_policy()
     try:
         rules.check_settings(settings.to_run_config())
         rules.check_min_replies(settings.min_replies)
@@ -304,9 +304,10 @@ def check_policy(launch: Launch, divided: Partition) -> None:
             rules.check_limits(measure_part(settings, part, part.tokenizer))
     except Refusal as refusal:
         name = launch.policy or "the default policy"
+        reason = refusal.__cause__ or refusal.sentence
         raise SettingsError(
-            f"{refusal.sentence} ({name}); `nanogpt-flower policy` prints the default policy, and "
-            "--policy takes a file with another one"
+            f"{reason} ({name}); `nanogpt-flower policy` prints the default policy, and --policy "
+            "takes a file with another one"
         ) from refusal
 
 

@@ -11,7 +11,12 @@ from flower_adapter.client.disk import DiskState
 from flower_adapter.client.policy import Policy, PolicyError, policy_mod
 from flower_adapter.client.refusals import Refusal
 from flower_adapter.client.secret import derive, own_secret
-from flower_adapter.client.state import StateFormatError, restore_state, save_state
+from flower_adapter.client.state import (
+    StateFormatError,
+    restore_state,
+    save_state,
+    state_digest,
+)
 from flower_adapter.server.checkpoints import CheckpointError, Checkpoints
 from flower_adapter.server.compression import Compression
 from flower_adapter.server.guard import Guard
@@ -47,6 +52,7 @@ __all__ = [
     "restore_state",
     "run_rounds",
     "save_state",
+    "state_digest",
     "to_arrays",
     "torch_client_app",
 ]

@@ -170,4 +170,6 @@ def config_item(message: Message) -> tuple[str, ConfigRecord]:
 
     If there is none, return the key "config", which Flower's strategies use, and an empty record.
     """
-    return next(iter(message.content.config_records.items()), ("config", ConfigRecord()))
+    records = message.content.config_records
+    configs = [(key, record) for key, record in records.items() if key != COMPRESSION]
+    return configs[0] if configs else ("config", ConfigRecord())

@@ -8,13 +8,15 @@ The log is a file of JSON lines, to which the client only appends. Each message 
     message       the type of the message, and `round` its round
     settings      the run config of a train or evaluate message
     received      bytes and SHA-256 of the arrays in the message
-    sent          bytes of the arrays in the reply, and the L2 norm of the update
+    sent          bytes of the arrays in the reply, the L2 norm of the update, and characters of
+                  the other records, such as a label or a vocabulary
     metrics       the metrics in the reply
     refused       the reason that the server got, or null
 
 Flower 1.41 does not tell a client who has submitted a run, so the log cannot say it.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord
 
 from flower_adapter import protocol
@@ -35,6 +38,7 @@ from flower_adapter.client.refusals import refusing_mod
 from flower_adapter.client.secret import make_private_directory
 
 _LONGEST_TEXT = 200  # characters of a text that the server has chosen
+_MOST_SETTINGS = 100
 
 
 class AuditLog:
@@ -88,9 +92,15 @@ def _asked(message: Message, context: Context) -> dict[str, Any]:
         "token": token and protocol.digest(token),
         "message": _short(kind),
         "round": _short(config.get(protocol.SERVER_ROUND)),
-        "settings": {k: _short(v) for k, v in context.run_config.items()} if is_work else None,
+        "settings": _settings(context) if is_work else None,
         "received": {"bytes": num_bytes(message), "sha256": _sha256(message)},
     }
+
+
+def _settings(context: Context) -> dict[str, Any]:
+    """Return the run config, without more than a server has a use for."""
+    known = list(context.run_config.items())[:_MOST_SETTINGS]
+    return {key[:_LONGEST_TEXT]: _short(value) for key, value in known}
 
 
 def _answered(reply: Message, norm: float | None) -> dict[str, Any]:
@@ -98,19 +108,24 @@ def _answered(reply: Message, norm: float | None) -> dict[str, Any]:
         return {"sent": None, "metrics": None, "refused": reply.error.reason}
     records = [record for record in reply.content.values() if isinstance(record, MetricRecord)]
     metrics = {name: _short(value) for record in records for name, value in record.items()}
-    sent = {"bytes": num_bytes(reply), "update-norm": norm}
+    configs = [record for record in reply.content.values() if isinstance(record, ConfigRecord)]
+    sent = {"bytes": num_bytes(reply), "update-norm": norm, "texts": len(repr(configs))}
     return {"sent": sent, "metrics": metrics, "refused": None}
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
     make_private_directory(path.parent)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        # One write in append mode: the lines of several processes do not mix.
-        os.write(descriptor, (json.dumps(line) + "\n").encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    text = (json.dumps(line) + "\n").encode()
+    with FileLock(path.with_name(f".{path.name}.lock"), timeout=60), path.open("ab", 0) as file:
+        path.chmod(0o600)
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(text) != len(text):
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)  # half a line would spoil the next one
+            raise
 
 
 def _arrays(message: Message) -> dict[str, Any]:

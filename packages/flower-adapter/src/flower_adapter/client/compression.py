@@ -1,6 +1,6 @@
 """A Flower mod that decodes the messages to a client and compresses the client's replies."""
 
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 
 from flower_adapter import protocol
 from flower_adapter._flwr import ClientAppCallable
@@ -28,7 +28,8 @@ def compression_mod(message: Message, context: Context, call_next: ClientAppCall
 
     If a message cannot be decoded, or a reply cannot be encoded, the server gets an error reply.
     """
-    if protocol.COMPRESSION not in message.content:
+    is_query = message.metadata.message_type.startswith(MessageType.QUERY)
+    if is_query or protocol.COMPRESSION not in message.content:
         return call_next(message, context)
     try:
         header = protocol.CompressionHeader.from_record(message.content.pop(protocol.COMPRESSION))
@@ -44,6 +45,7 @@ def compression_mod(message: Message, context: Context, call_next: ClientAppCall
     message.content[key] = received
     reply = call_next(message, context)
     if reply.has_error():
+        drop_state(context, name=_MODEL)  # the server sends the whole model next time
         return reply
     try:
         _encode(reply.content, received, context, header)

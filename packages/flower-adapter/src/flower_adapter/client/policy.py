@@ -23,7 +23,7 @@ import math
 import time
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -87,6 +87,9 @@ class Policy:
         max_rounds: how many train messages, and how many evaluate messages, one run may send.
         max_rounds_per_day: how many train messages, and how many evaluate messages, all runs
             together may send in a day (UTC).
+        max_rounds_in_all: how many train messages, and how many evaluate messages, all runs
+            together may ever send. A server can call each message a run of its own, so only this
+            number bounds what leaves the client.
         min_replies: the server must promise to average at least this many replies.
         max_message_bytes: the size of the arrays in a message.
         run_config: the allowed values of keys of the run config. Keys that are not in this table
@@ -99,14 +102,15 @@ class Policy:
     runs: tuple[int, ...] = ()
     max_rounds: int = 1_000
     max_rounds_per_day: int = 2_000
+    max_rounds_in_all: int = 100_000
     min_replies: int = 2
     max_message_bytes: int = 2**30
     run_config: Mapping[str, Range] = field(default_factory=dict)
     limits: Mapping[str, Range] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a policy file.
+    def read(cls, path: Path, base: Self | None = None) -> Self:
+        """Read a policy file. What it does not say is taken from `base` (see `from_toml`).
 
         Raises:
             PolicyError: the file cannot be read, or a key is unknown or has a bad value.
@@ -115,11 +119,17 @@ class Policy:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PolicyError(f"the policy {path} cannot be read: {error}") from error
-        return cls.from_toml(text, str(path))
+        return cls.from_toml(text, str(path), base)
 
     @classmethod
-    def from_toml(cls, text: str, name: str = "policy") -> Self:
-        """Read a policy from TOML. `name` stands for the file in error messages.
+    def from_toml(cls, text: str, name: str = "policy", base: Self | None = None) -> Self:
+        """Read a policy from TOML.
+
+        Args:
+            text: the TOML.
+            name: stands for the file in error messages.
+            base: gives each key that the text does not have, and each key of the two tables. So a
+                text that changes one limit keeps the others. The default is `Policy()`.
 
         Raises:
             PolicyError: a key is unknown or has a bad value.
@@ -134,7 +144,10 @@ class Policy:
             if key not in known:
                 raise PolicyError(f"{name}: {key} is unknown, should be one of {', '.join(known)}")
             values[known[key].name] = _read_value(f"{name}: {key}", value, known[key].type)
-        return cls(**values)
+        base = cls() if base is None else base
+        for table in ("run_config", "limits"):
+            values[table] = {**getattr(base, table), **values.get(table, {})}
+        return replace(base, **values)
 
     def check_settings(self, run_config: Mapping[str, Any]) -> None:
         """Check the keys of a run config.
@@ -151,11 +164,15 @@ class Policy:
         """Check what the app has computed for a message.
 
         Raises:
-            Refusal: a value is not allowed.
+            Refusal: a value is not allowed. The value can depend on the client's data, so only the
+                cause has it.
         """
         for key, value in measured.items():
-            if key in self.limits:
-                _check(key, value, self.limits[key])
+            allowed = self.limits.get(key)
+            if allowed is not None and not allowed.allows(value):
+                raise Refusal(
+                    "policy", f"{key} is out of range, this client allows {allowed}"
+                ) from ValueError(f"{key} is {_quoted(value)}, this client allows {allowed}")
 
     def check_message(self, message: Message) -> None:
         """Check the type, the size and the run of a message, and what it says of the average.
@@ -172,6 +189,11 @@ class Policy:
             raise Refusal("policy", f"the action is {_quoted(action)}, should be none")
         if self.runs and message.metadata.run_id not in self.runs:
             raise Refusal("policy", "the run is not among those that this client allows")
+        configs = [key for key in message.content.config_records if key != protocol.COMPRESSION]
+        if len(configs) > 1:  # the client must not check one record and use another
+            raise Refusal("policy", f"the message holds {len(configs)} configs, should hold one")
+        if kind == MessageType.QUERY and message.content.array_records:
+            raise Refusal("policy", "a query holds arrays, should hold none")
         size = num_bytes(message)
         if size > self.max_message_bytes:
             raise Refusal(
@@ -228,8 +250,12 @@ def policy_mod(
                 rules.check_settings(context.run_config)
                 if measure is not None:
                     rules.check_limits(measure(config, context))
-                run = protocol.token_of(config) or f"flower run {message.metadata.run_id}"
-                _count(rules, kind, protocol.digest(run), context, directory(context))
+                # A run is known by its token and by Flower's id, so that a server cannot call each
+                # message of one run of Flower another run.
+                runs = [f"flower run {message.metadata.run_id}"]
+                runs += [token] if (token := protocol.token_of(config)) else []
+                names = [protocol.digest(run) for run in runs]
+                _count(rules, kind, names, context, directory(context))
         except Refusal as error:
             return refuse(message, error)
         return call_next(message, context)
@@ -243,16 +269,18 @@ def num_bytes(message: Message) -> int:
     return sum(len(array.data) for record in records for array in record.values())
 
 
-def _count(rules: Policy, kind: str, run: str, context: Context, directory: Path | None) -> None:
+def _count(
+    rules: Policy, kind: str, runs: list[str], context: Context, directory: Path | None
+) -> None:
     """Count a round before it is done, so that a failure does not give it back.
 
     Raises:
-        Refusal: the run, or all runs of this day, have had all their rounds.
+        Refusal: the run, all runs of this day, or all runs ever have had all their rounds.
     """
     if directory is None:
         saved = context.state.get(_ROUNDS)
         ledger = json.loads(str(saved["json"])) if isinstance(saved, ConfigRecord) else {}
-        _add_round(rules, kind, run, ledger)
+        _add_round(rules, kind, runs, ledger)
         context.state[_ROUNDS] = ConfigRecord({"json": json.dumps(ledger)})
         return
     make_private_directory(directory)
@@ -260,7 +288,7 @@ def _count(rules: Policy, kind: str, run: str, context: Context, directory: Path
     with FileLock(directory / f".{LEDGER_FILE}.lock", timeout=60):
         try:
             ledger = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            _add_round(rules, kind, run, ledger)
+            _add_round(rules, kind, runs, ledger)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, Refusal):
                 raise
@@ -274,18 +302,18 @@ def _count(rules: Policy, kind: str, run: str, context: Context, directory: Path
         sync(directory)
 
 
-def _add_round(rules: Policy, kind: str, run: str, ledger: dict[str, Any]) -> None:
+def _add_round(rules: Policy, kind: str, runs: list[str], ledger: dict[str, Any]) -> None:
     today = time.strftime("%Y-%m-%d", time.gmtime())
     if ledger.get("day") != today:
         ledger.update({"day": today, "today": {}})
-    of_run, of_day = ledger.setdefault("runs", {}).setdefault(run, {}), ledger["today"]
-    for counts, most, whose in (
-        (of_run, rules.max_rounds, "the run has"),
-        (of_day, rules.max_rounds_per_day, "all runs of today have"),
-    ):
+    of_runs = ledger.setdefault("runs", {})
+    counted = [(of_runs.setdefault(run, {}), rules.max_rounds, "the run has") for run in runs]
+    counted.append((ledger["today"], rules.max_rounds_per_day, "all runs of today have"))
+    counted.append((ledger.setdefault("all", {}), rules.max_rounds_in_all, "all runs have"))
+    for counts, most, whose in counted:
         if counts.get(kind, 0) >= most:
             raise Refusal("policy", f"{whose} had {most} {kind} messages, which is the limit")
-    for counts in (of_run, of_day):
+    for counts, _, _ in counted:
         counts[kind] = counts.get(kind, 0) + 1
 
 

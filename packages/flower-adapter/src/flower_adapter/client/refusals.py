@@ -6,10 +6,14 @@ sizes or characters of the client's data, goes to the client's log alone.
 
 import logging
 import secrets
+import traceback
 
 from flwr.app import Context, Error, Message
 
 from flower_adapter._flwr import ClientAppCallable, ErrorCode
+from flower_adapter.printable import shown
+
+_MOST_LINES, _LONGEST_LINE = 200, 500  # of a traceback in the log
 
 # Flower's own logger, so that the lines appear in the client's log.
 logger = logging.getLogger("flwr")
@@ -43,7 +47,10 @@ def refuse(
     exception's class. A reference in the reply leads to the details in the client's log.
     """
     reference = secrets.token_hex(3)
-    logger.error("%s refused (%s)", _kind(message), reference, exc_info=error)
+    if isinstance(error, Refusal) and error.__cause__ is None:
+        logger.warning("%s refused: %s", _kind(message), error)
+    else:
+        logger.error("%s refused (%s)\n%s", _kind(message), reference, _traceback(error))
     if not isinstance(error, Refusal):
         reason = f"error: this client failed with {type(error).__name__}"
     else:
@@ -63,6 +70,15 @@ def refusing_mod(message: Message, context: Context, call_next: ClientAppCallabl
         return call_next(message, context)
     except Exception as error:  # the reply must not depend on what went wrong
         return refuse(message, error, ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
+
+
+def _traceback(error: Exception) -> str:
+    """Return the traceback of an exception. Texts in it can come from the server."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    if len(lines) > _MOST_LINES:
+        half = _MOST_LINES // 2
+        lines = [*lines[:half], "…", *lines[-half:]]
+    return "\n".join(shown(line, _LONGEST_LINE) for line in lines)
 
 
 def _kind(message: Message) -> str:

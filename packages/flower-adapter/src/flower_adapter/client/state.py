@@ -7,6 +7,7 @@ The module does not use pickle. A context is lost when its run ends. To keep it 
 """
 
 import copy
+import hashlib
 import json
 import logging
 import random
@@ -111,6 +112,19 @@ def restore_state(
         drop_state(context, name=name)
         return None
     return cast(dict[str, Any], states)
+
+
+def state_digest(context: Context, *, name: str = "state") -> str:
+    """Return a SHA-256 of the state under `name`. Without a state it is that of nothing."""
+    total = hashlib.sha256()
+    structure, arrays = (context.state.get(f"{name}.{part}") for part in ("structure", "arrays"))
+    if isinstance(structure, ConfigRecord):
+        total.update(json.dumps(dict(structure), sort_keys=True).encode())
+    if isinstance(arrays, ArrayRecord):
+        for key, array in arrays.items():
+            total.update(key.encode())
+            total.update(array.data)
+    return total.hexdigest()
 
 
 def drop_state(context: Context, *, name: str = "state") -> None:

@@ -12,6 +12,7 @@ from flower_adapter import protocol
 from flower_adapter.arrays.codecs import CodecError
 from flower_adapter.arrays.convert import widen_integers
 from flower_adapter.arrays.deltas import same_arrays
+from flower_adapter.printable import shown
 from flower_adapter.server.checkpoints import Checkpoint
 from flower_adapter.server.compression import Compression
 from flower_adapter.server.guard import NO_UPDATE, Guard, Update, scale_update
@@ -23,7 +24,6 @@ from flower_adapter.server.record import (
     LeftOut,
     Metrics,
     RoundRecord,
-    shown,
 )
 from flower_adapter.server.replies import KeptReply, ReplyStore, num_bytes, receive
 

@@ -10,7 +10,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from flower_adapter import protocol
-from flower_adapter.server.record import LONGEST_LABEL, shown
+from flower_adapter.printable import shown
+from flower_adapter.server.record import LONGEST_LABEL
 from flower_adapter.server.replies import receive
 
 LABEL_TIMEOUT = 600.0  # seconds, the longest wait for labels

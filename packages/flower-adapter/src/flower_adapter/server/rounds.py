@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from flower_adapter.arrays.convert import narrow_like
+from flower_adapter.printable import shown
 from flower_adapter.server.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -36,7 +37,6 @@ from flower_adapter.server.record import (
     Metrics,
     RoundFailed,
     RoundRecord,
-    shown,
 )
 from flower_adapter.server.replies import ReplyStore
 from flower_adapter.server.strategy_state import (
