@@ -231,7 +231,7 @@ def check(
 FEW = settings(
     max_examples=150, deadline=None, suppress_health_check=[*HealthCheck], derandomize=True
 )
-MANY = settings(max_examples=4000, deadline=None, suppress_health_check=[*HealthCheck])
+MANY = settings(max_examples=1000, deadline=None, suppress_health_check=[*HealthCheck])
 amounts = pytest.mark.parametrize(
     "amount", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"]
 )
