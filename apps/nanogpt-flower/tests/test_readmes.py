@@ -43,7 +43,7 @@ TINY |= {"sample-tokens": 20, "round-sample-tokens": 10}
 QUICK = "corpus={room}/my.txt " + " ".join(f"{key}={value}" for key, value in TINY.items())
 CONFIG = "--run-config \"corpus='{room}/my.txt' " + QUICK.partition(" ")[2] + '"'
 # The settings of these tests are too small for the default policy of a client.
-LOOSE = "--policy {room}/policy.toml"
+LOOSE = "--policy {room}/loose.toml"
 HAS_GPU = torch.cuda.is_available()
 MARK = "NANOGPT_FLOWER_README_TEST"  # environment variable of all processes of the slow tests
 TIMEOUT = 1800.0  # seconds
@@ -189,7 +189,7 @@ def room(
     """
     room = tmp_path_factory.mktemp("room")
     write_text(room / "my.txt")
-    shutil.copy(policy_file, room / "policy.toml")
+    shutil.copy(policy_file, room / "loose.toml")
     small = {"n-layer": 1, "n-head": 2, "n-embd": 16, "device": "cpu"}
     places = {"corpus": str(room / "my.txt"), "output-dir": str(room / "runs")}
     with pytest.MonkeyPatch.context() as patch:
