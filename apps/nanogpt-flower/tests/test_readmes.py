@@ -78,6 +78,7 @@ RULES = [  # the first rule that matches applies
     Rule(r"nanogpt-flower resume latest$", SHELL, "num-server-rounds=9"),
     Rule(r"nanogpt-flower resume ", SHELL),
     Rule(r"nanogpt-flower --install-completion$", SHELL),
+    Rule(r"nanogpt-flower policy --check", SHELL, replaced=("policy.toml", "loose.toml")),
     Rule(r"nanogpt-flower policy", SHELL),
     Rule(r"nanogpt-flower credentials ", DEPLOYMENT),
     Rule(r"nanogpt-flower node ", DEPLOYMENT, LOOSE),
