@@ -43,7 +43,7 @@ def deployed(part: Path, state: Path, policy: Path | None = None) -> dict[str, A
     """
     if policy is None:
         policy = part / "policy.toml"
-        rules = re.sub(r"(?m)^characters = .*", "", default_policy_text())
+        rules = re.sub(r"(?m)^characters = .*", "characters = { min = 0 }", default_policy_text())
         policy.write_text(rules, encoding="utf-8")
     return {"data-path": str(part), "state-path": str(state), "policy": str(policy)}
 
