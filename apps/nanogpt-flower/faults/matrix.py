@@ -26,7 +26,7 @@ SECONDS = {"A": 60, "B": 60, "C": 60, "network": 240}  # a fault that takes long
 
 @dataclass
 class Outcome:
-    """What a fault has led to. The losses are those of the last round on the validation text."""
+    """The result of a fault. The losses are those of the last round on the validation text."""
 
     happened: str
     loss: float | None = None

@@ -1,4 +1,4 @@
-"""What a server can ask of a client of a deployment, and what the client tells it."""
+"""A client of a deployment refuses some requests, and tells the server nothing of its text."""
 
 import json
 import tracemalloc

@@ -47,7 +47,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What the colluders do. The honest clients' labels are "m…"."""
+    """The acts of the colluders. The honest clients' labels are "m…"."""
 
     label: str = "m"
     arrive_first: bool = True

@@ -77,7 +77,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Policy:
-    """What a server may ask of a client. A key of the TOML file has `-` in place of `_`.
+    """The limits for requests of a server. A key of the TOML file has `-` in place of `_`.
 
     Args:
         messages: the kinds of messages that the client answers: "train", "evaluate", "query".
