@@ -10,7 +10,7 @@ import hashlib
 import re
 from typing import Any, NamedTuple, cast
 
-from flwr.app import ConfigRecord, Context, Message, MessageType
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType
 
 # Keys that Flower's strategies use.
 SERVER_ROUND = "server-round"
@@ -158,6 +158,14 @@ def keeps_state(reply: Message) -> bool:
     """Tell whether a reply says that its client keeps a state on disk."""
     record = reply.content.config_records.get(CLIENT)
     return record is not None and record.get(KEEPS_STATE) is True
+
+
+def array_bytes(message: Message) -> int:
+    """Return the number of bytes of all arrays in a message. An error holds none."""
+    if message.has_error():
+        return 0
+    records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
+    return sum(len(array.data) for record in records for array in record.values())
 
 
 def config_of(message: Message) -> ConfigRecord:

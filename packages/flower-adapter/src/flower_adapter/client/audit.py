@@ -33,7 +33,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, M
 from flower_adapter import protocol
 from flower_adapter._flwr import ClientAppCallable
 from flower_adapter.arrays import npy
-from flower_adapter.client.policy import num_bytes
 from flower_adapter.client.refusals import refusing_mod
 from flower_adapter.client.secret import make_private_directory
 
@@ -93,7 +92,7 @@ def _asked(message: Message, context: Context) -> dict[str, Any]:
         "message": _short(kind),
         "round": _short(config.get(protocol.SERVER_ROUND)),
         "settings": _settings(context) if is_work else None,
-        "received": {"bytes": num_bytes(message), "sha256": _sha256(message)},
+        "received": {"bytes": protocol.array_bytes(message), "sha256": _sha256(message)},
     }
 
 
@@ -109,7 +108,7 @@ def _answered(reply: Message, norm: float | None) -> dict[str, Any]:
     records = [record for record in reply.content.values() if isinstance(record, MetricRecord)]
     metrics = {name: _short(value) for record in records for name, value in record.items()}
     configs = [record for record in reply.content.values() if isinstance(record, ConfigRecord)]
-    sent = {"bytes": num_bytes(reply), "update-norm": norm, "texts": len(repr(configs))}
+    sent = {"bytes": protocol.array_bytes(reply), "update-norm": norm, "texts": len(repr(configs))}
     return {"sent": sent, "metrics": metrics, "refused": None}
 
 

@@ -7,7 +7,7 @@ from flower_adapter._flwr import ClientAppCallable
 from flower_adapter.arrays.codecs import CodecError, codec
 from flower_adapter.arrays.deltas import decode, encode
 from flower_adapter.arrays.npy import from_array
-from flower_adapter.client.refusals import Refusal, refuse
+from flower_adapter.client.refusals import Refusal, refusal_from, refuse
 from flower_adapter.client.state import drop_state, restore_state, save_state
 
 _MODEL = f"{protocol.COMPRESSION}.model"  # the model that server and client both hold
@@ -39,7 +39,9 @@ def compression_mod(message: Message, context: Context, call_next: ClientAppCall
     except Refusal as error:
         return refuse(message, error)
     except ValueError as error:
-        return refuse(message, _refusal("this client cannot decode the arrays", error))
+        return refuse(
+            message, refusal_from("compression", "this client cannot decode the arrays", error)
+        )
     if key is None:
         return call_next(message, context)
     message.content[key] = received
@@ -50,15 +52,11 @@ def compression_mod(message: Message, context: Context, call_next: ClientAppCall
     try:
         _encode(reply.content, received, context, header)
     except CodecError as error:
-        return refuse(message, _refusal("this client cannot encode its arrays", error))
+        return refuse(
+            message, refusal_from("compression", "this client cannot encode its arrays", error)
+        )
     reply.content[protocol.COMPRESSION] = header.to_record()
     return reply
-
-
-def _refusal(sentence: str, cause: Exception) -> Refusal:
-    refusal = Refusal("compression", sentence)
-    refusal.__cause__ = cause
-    return refusal
 
 
 def _decode(

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from flower_adapter import protocol
 from flower_adapter._flwr import ClientAppCallable
-from flower_adapter.client.refusals import Refusal, refuse
+from flower_adapter.client.refusals import Refusal, refusal_from, refuse
 from flower_adapter.client.secret import make_private_directory
 from flower_adapter.client.state import StateFormatError
 from flower_adapter.packing import pack, read_file, sync, unpack, write_file
@@ -108,9 +108,13 @@ class DiskState:
                     return self._train(files, server_round, message, context, call_next)
                 _restore(files, context, server_round)
         except StateFormatError as error:
-            return refuse(message, _refusal("the saved state of this client is damaged", error))
+            return refuse(
+                message, refusal_from("state", "the saved state of this client is damaged", error)
+            )
         except OSError as error:
-            return refuse(message, _refusal("this client cannot read or write its state", error))
+            return refuse(
+                message, refusal_from("state", "this client cannot read or write its state", error)
+            )
         except Refusal as error:
             return refuse(message, error)
         return call_next(message, context)
@@ -192,12 +196,6 @@ def run_directory(root: Path, token: str) -> Path:
 
 def _children(directory: Path) -> list[Path]:
     return list(directory.iterdir()) if directory.is_dir() else []
-
-
-def _refusal(sentence: str, cause: Exception) -> Refusal:
-    refusal = Refusal("state", sentence)
-    refusal.__cause__ = cause
-    return refusal
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from filelock import FileLock
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType
+from flwr.app import ConfigRecord, Context, Message, MessageType
 
 from flower_adapter import protocol
 from flower_adapter._flwr import ClientAppCallable, Mod
@@ -194,7 +194,7 @@ class Policy:
             raise Refusal("policy", f"the message holds {len(configs)} configs, should hold one")
         if kind == MessageType.QUERY and message.content.array_records:
             raise Refusal("policy", "a query holds arrays, should hold none")
-        size = num_bytes(message)
+        size = protocol.array_bytes(message)
         if size > self.max_message_bytes:
             raise Refusal(
                 "policy",
@@ -261,12 +261,6 @@ def policy_mod(
         return call_next(message, context)
 
     return check
-
-
-def num_bytes(message: Message) -> int:
-    """Return the number of bytes of the arrays in a message."""
-    records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
-    return sum(len(array.data) for record in records for array in record.values())
 
 
 def _count(

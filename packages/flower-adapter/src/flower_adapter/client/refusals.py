@@ -38,6 +38,13 @@ class Refusal(ValueError):
         return f"{self.code}: {self.sentence}"
 
 
+def refusal_from(code: str, sentence: str, cause: Exception) -> Refusal:
+    """Return the refusal that `raise Refusal(code, sentence) from cause` would raise."""
+    refusal = Refusal(code, sentence)
+    refusal.__cause__ = cause
+    return refusal
+
+
 def refuse(
     message: Message, error: Exception, code: int = ErrorCode.MOD_FAILED_PRECONDITION
 ) -> Message:

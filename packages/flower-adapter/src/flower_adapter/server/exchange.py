@@ -25,7 +25,7 @@ from flower_adapter.server.record import (
     Metrics,
     RoundRecord,
 )
-from flower_adapter.server.replies import KeptReply, ReplyStore, num_bytes, receive
+from flower_adapter.server.replies import KeptReply, ReplyStore, receive
 
 TRAIN, EVALUATE = "train", "evaluate"  # the two phases of a round
 NO_REPLY = "no reply in time"
@@ -96,7 +96,7 @@ class Exchange:
         if self.compression is not None and not self.compression.is_exact:
             with record.timed("encode"):
                 messages = self._compressed(self.compression, messages)
-        sent = {message.metadata.dst_node_id: _num_bytes(message) for message in messages}
+        sent = {message.metadata.dst_node_id: protocol.array_bytes(message) for message in messages}
         record.bytes_sent += sum(sent.values())
         started = time.monotonic()
         replies: list[GoodReply] = []
@@ -108,7 +108,7 @@ class Exchange:
             try:
                 if isinstance(reply, Exception):
                     raise reply
-                arrived[node] = _num_bytes(reply)
+                arrived[node] = protocol.array_bytes(reply)
                 record.bytes_received += arrived[node]
                 with record.timed("decode"):
                     labels[node] = protocol.label_of(reply)
@@ -331,10 +331,3 @@ def _names(reply: Message) -> list[str]:
 def _metrics(reply: Message) -> Metrics:
     records = [record for record in reply.content.values() if isinstance(record, MetricRecord)]
     return {name: value for record in records for name, value in record.items()}
-
-
-def _num_bytes(message: Message) -> int:
-    if message.has_error():
-        return 0
-    records = message.content.values()
-    return sum(num_bytes(record) for record in records if isinstance(record, ArrayRecord))
