@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 
 import pytest
@@ -6,33 +7,93 @@ import torch
 from torch import nn
 
 from gpt_core import GPT, ConfigError, Muon, build_optimizer, learning_rate_at
-from gpt_core.optim import orthogonalise
+from gpt_core.optim import POLYNOMIALS, SMALLEST, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12)])
 def test_orthogonalised_matrices_keep_their_singular_vectors(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    matrix = torch.randn(shape, dtype=torch.float64)
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    in_its_basis = u.mT @ orthogonalise(matrix) @ vh.mT
-    off_diagonal = in_its_basis - in_its_basis.diagonal().diag()
-    assert off_diagonal.abs().max() < 1e-9
-    assert in_its_basis.diagonal().min() > 0.5
-    assert in_its_basis.diagonal().max() < 1.3
+    matrices = torch.randn(3, *shape, dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    in_its_basis = u.mT @ orthogonalise(matrices) @ vh.mT
+    singular = in_its_basis.diagonal(dim1=1, dim2=2)
+    assert (in_its_basis - singular.diag_embed()).abs().max() < 1e-9
+    assert singular.min() > 0.75
+    assert singular.max() < 1.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_singular_values_over_three_decades_end_near_1(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    left, right = (torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0] for _ in range(2))
+    singular = torch.logspace(0, math.log10(0.0031), 64, dtype=torch.float64)
+    matrix = left @ (singular / singular.norm()).diag() @ right
+    for scale in (1e-3, 1.0, 1e3):
+        found = torch.linalg.svdvals(orthogonalise(scale * matrix[None], dtype=dtype))
+        assert found.min() > 0.2 if dtype == torch.bfloat16 else 0.75
+        assert found.max() < 1.25
+
+
+def test_a_matrix_of_rank_one_does_not_grow() -> None:
+    """Rounding in bf16 must not push the only singular value to where the iteration diverges."""
+    torch.manual_seed(2)
+    for _ in range(50):
+        matrix = torch.outer(torch.randn(64), torch.randn(96))
+        largest = torch.linalg.svdvals(orthogonalise(matrix[None], dtype=torch.bfloat16)).max()
+        assert 0.7 < largest < 1.3
+
+
+def test_the_polynomials_are_the_best_of_their_degree() -> None:
+    """Chebyshev: the polynomial closest to a constant is as far from it at four points, in turns.
+
+    The first polynomials leave out the lowest part of their interval, and are scaled so that their
+    image is centred on 1 (arXiv 2505.16932).
+    """
+    low, high = SMALLEST, 1.0
+    for a, b, c in POLYNOMIALS:
+        x = torch.linspace(max(low, 0.02 * high), high, 200_001, dtype=torch.float64)
+        y = a * x + b * x**3 + c * x**5
+        turns = (y[1:-1] - y[:-2]) * (y[2:] - y[1:-1]) < 0
+        extremes = torch.cat((y[:1], y[1:-1][turns], y[-1:]))
+        assert len(extremes) == 4
+        centre = (extremes[0] + extremes[1]) / 2
+        above = (extremes - centre) / (extremes[1] - centre)
+        torch.testing.assert_close(above, torch.tensor([-1.0, 1, -1, 1]).double())
+        ends = [a * end + b * end**3 + c * end**5 for end in (low, high)]
+        assert sum(ends) == pytest.approx(2)
+        low, high = ends
+    assert low > 0.79
 
 
 def test_matrices_are_updated_as_by_torchs_muon() -> None:
+    """Both move a matrix by nearly the same orthogonal matrices, since its own is nearly one."""
     torch.manual_seed(1)
-    ours, theirs = (nn.Parameter(torch.ones(6, 10)) for _ in range(2))
+    start = torch.randn(6, 10)
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
     settings = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.95}
-    mine = Muon([ours], [], dtype=torch.bfloat16, **settings)
+    mine = Muon([ours], [], dtype=torch.float32, **settings)
     reference = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings)
-    for _ in range(5):
+    for _ in range(20):
         ours.grad = theirs.grad = torch.randn(6, 10)
         mine.step()
         reference.step()
-    # both iterate in bf16, but round in a different order
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-3 * 0.01 * 5)
+    moved, expected = ours.detach() - start, theirs.detach() - start
+    assert nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), 0) > 0.98
+    assert moved.norm().item() == pytest.approx(expected.norm().item(), rel=0.15)
+
+
+def test_an_update_is_computed_from_the_momentum_in_nesterovs_form() -> None:
+    torch.manual_seed(2)
+    weight = nn.Parameter(torch.randn(6, 10, dtype=torch.float64))
+    optimizer = Muon([weight], [], lr=0.01, weight_decay=0.1, momentum=0.9, dtype=torch.float64)
+    expected, momentum = weight.detach().clone(), torch.zeros(6, 10, dtype=torch.float64)
+    for _ in range(5):
+        weight.grad = torch.randn(6, 10, dtype=torch.float64)
+        momentum = 0.9 * momentum + 0.1 * weight.grad
+        (direction,) = orthogonalise((0.9 * momentum + 0.1 * weight.grad)[None])
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * 0.2 * math.sqrt(10) * direction
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected)
 
 
 def test_other_parameters_are_updated_as_by_torchs_adamw() -> None:
@@ -47,16 +108,23 @@ def test_other_parameters_are_updated_as_by_torchs_adamw() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_a_fused_qkv_matrix_is_updated_as_its_three_parts() -> None:
+@pytest.mark.parametrize("blocks", [(3, 1), (1, 2), (3, 2)])
+def test_blocks_are_updated_as_matrices_of_their_own(blocks: tuple[int, int]) -> None:
     torch.manual_seed(3)
-    fused, gradient = nn.Parameter(torch.zeros(12, 4)), torch.randn(12, 4)
-    parts = [nn.Parameter(torch.zeros(4, 4)) for _ in range(3)]
-    fused.grad = gradient
-    for part, rows in zip(parts, gradient.chunk(3), strict=True):
-        part.grad = rows
-    Muon([fused], [], lr=1.0, parts=lambda _: 3).step()
+    whole, gradient = nn.Parameter(torch.zeros(12, 4)), torch.randn(12, 4)
+
+    def cut(matrix: torch.Tensor) -> list[torch.Tensor]:
+        rows, columns = blocks
+        return [part for row in matrix.chunk(rows) for part in row.chunk(columns, dim=1)]
+
+    parts = [nn.Parameter(part.clone()) for part in cut(whole.detach())]
+    whole.grad = gradient
+    for part, of_gradient in zip(parts, cut(gradient), strict=True):
+        part.grad = of_gradient
+    Muon([whole], [], lr=1.0, blocks=lambda _: blocks).step()
     Muon(parts, [], lr=1.0).step()
-    torch.testing.assert_close(fused, torch.cat([part.detach() for part in parts]))
+    for part, of_whole in zip(parts, cut(whole.detach()), strict=True):
+        torch.testing.assert_close(of_whole, part.detach())
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -78,8 +146,8 @@ def test_adamw_decays_only_matrices_and_embeddings(model: GPT) -> None:
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.99)}
 
 
-def test_muon_takes_the_hidden_matrices_and_splits_the_fused_one(model: GPT) -> None:
-    """The first step without weight decay moves each matrix by a nearly orthogonal matrix."""
+def test_muon_takes_the_hidden_matrices_and_cuts_attention_into_heads(model: GPT) -> None:
+    """The first step without weight decay moves each block by a nearly orthogonal matrix."""
     optimizer = build_optimizer(model, "muon", learning_rate=1.0, weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(*torch.randint(11, (2, 4, 8))).loss.backward()
@@ -88,16 +156,22 @@ def test_muon_takes_the_hidden_matrices_and_splits_the_fused_one(model: GPT) -> 
     hidden = [name for name in moved if ".h." in name and moved[name].dim() == 2]
     assert len(hidden) == 4 * model.config.n_layer
     for name in hidden:
-        for part in moved[name].chunk(3 if "c_attn" in name else 1):
+        heads = model.config.n_head
+        parts: tuple[torch.Tensor, ...] = (moved[name],)
+        if "c_attn" in name:
+            parts = moved[name].chunk(3 * heads)
+        elif "attn" in name:
+            parts = moved[name].chunk(heads, dim=1)
+        for part in parts:
             singular = torch.linalg.svdvals(part) / (0.2 * max(part.shape) ** 0.5)
             assert singular.median() > 0.6, name  # a few directions may have no gradient
-            assert singular.max() < 1.3, name
+            assert singular.max() < 1.35, name  # in bf16, where the hardware has it
 
 
 def test_a_copied_or_unpickled_muon_updates_as_the_original() -> None:
     torch.manual_seed(4)
     weight = nn.Parameter(torch.randn(12, 4))
-    original = Muon([weight], [], lr=0.1, parts=lambda _: 3, dtype=torch.float64)
+    original = Muon([weight], [], lr=0.1, blocks=lambda _: (3, 1), dtype=torch.float64)
     copies = [copy.deepcopy(original), pickle.loads(pickle.dumps(original))]
     gradient = torch.randn(12, 4)
     for optimizer in (original, *copies):
@@ -205,3 +279,9 @@ def test_a_learning_rate_that_cannot_work_is_named(model: GPT, learning_rate: fl
 def test_a_negative_warm_up_is_named() -> None:
     with pytest.raises(ConfigError, match="warmup_steps is -5"):
         learning_rate_at(1, peak=1.0, warmup_steps=-5)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, float("nan")])
+def test_a_momentum_that_cannot_work_is_named(model: GPT, momentum: float) -> None:
+    with pytest.raises(ConfigError, match=f"momentum is {momentum}; it must be at least 0"):
+        build_optimizer(model, "muon", learning_rate=1.0, momentum=momentum)

@@ -25,7 +25,7 @@ _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
     """Return whether the device multiplies bf16 in hardware. Emulated bf16 is slower than fp32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -101,10 +101,10 @@ class Runtime:
             reasons.append(f"device {chosen}: the fastest that PyTorch finds")
         resolved = _device(chosen)
 
-        has_bf16 = _has_bf16(resolved)
         if precision == "auto":
-            precision = "bf16" if has_bf16 else "fp32"
-            found = "found" if has_bf16 else "not found"
+            supported = has_bf16(resolved)
+            precision = "bf16" if supported else "fp32"
+            found = "found" if supported else "not found"
             reasons.append(f"precision {precision}: {resolved.type} hardware with bf16 {found}")
         elif precision not in PRECISIONS:
             raise ConfigError(f"precision is {precision!r}; allowed are {', '.join(PRECISIONS)}")
