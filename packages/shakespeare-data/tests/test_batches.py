@@ -1,10 +1,11 @@
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -140,6 +141,36 @@ def test_each_epoch_is_a_permutation_of_its_own() -> None:
         np.testing.assert_array_equal(found, windows[order])
 
 
+@given(sizes(), st.integers(0, 2**32), st.integers(1, 40))
+def test_a_pass_over_disjoint_windows_has_no_token_twice(
+    size: tuple[int, int, int], seed: int, taken: int
+) -> None:
+    length, batch_size, block_size = size
+    tokens = np.arange(length, dtype=np.uint16)
+    batches = Batches(tokens, batch_size, block_size, seed=seed, windows="disjoint")
+    drawn = list(islice(batches, taken))
+    assert all(x.shape == (batch_size, block_size) and (y == x + 1).all() for x, y in drawn)
+    starts = [int(row[0]) for x, _ in drawn for row in x]
+    per_pass = max(1, (length - 1) // block_size - 1)
+    for first in range(0, len(starts), per_pass):
+        in_order = sorted(starts[first : first + per_pass])
+        assert all(b - a >= block_size for a, b in pairwise(in_order))
+
+
+def test_passes_over_disjoint_windows_reach_all_tokens_almost_equally_often() -> None:
+    drawn = Counter[int]()
+    in_order = np.arange(1000, dtype=np.uint16)
+    for x, _ in islice(Batches(in_order, 4, 8, seed=1, windows="disjoint"), 31 * 400):
+        drawn.update(x.flatten().tolist())
+    inner = [drawn[token] for token in range(16, 983)]
+    assert min(inner) > 0.95 * max(inner)
+    orders = {
+        next(Batches(TOKENS, 4, 8, seed=seed, windows="disjoint"))[0].numpy().tobytes()
+        for seed in range(20)
+    }
+    assert len(orders) == 20
+
+
 def test_endless_batches_have_no_length() -> None:
     assert len(Batches(TOKENS, 4, 8, seed=1, epochs=2)) == 2 * 31
     with pytest.raises(TypeError, match="no length; give epochs"):
@@ -150,15 +181,21 @@ def test_endless_batches_have_no_length() -> None:
     size=sizes(),
     seed=st.integers(0, 2**32),
     epochs=st.none() | st.integers(1, 3),
+    windows=st.sampled_from(["random", "disjoint"]),
     taken=st.integers(0, 12),
 )
 def test_a_restored_state_continues_the_sequence(
-    size: tuple[int, int, int], seed: int, epochs: int | None, taken: int
+    size: tuple[int, int, int],
+    seed: int,
+    epochs: int | None,
+    windows: Literal["random", "disjoint"],
+    taken: int,
 ) -> None:
     length, batch_size, block_size = size
 
     def fresh() -> Batches:
-        return Batches(TOKENS[:length], batch_size, block_size, seed=seed, epochs=epochs)
+        tokens = TOKENS[:length]
+        return Batches(tokens, batch_size, block_size, seed=seed, epochs=epochs, windows=windows)
 
     def taken_from(batches: Batches, count: int) -> list[list[list[int]]]:
         return [x.tolist() for x, _ in islice(batches, count)]
@@ -182,7 +219,11 @@ def test_a_restored_state_continues_the_sequence(
         ({"block_size": 9}, "has block_size 9, but these batches have block_size 8"),
         ({"seed": [2]}, r"has seed \[2\], but these batches have seed \[1\]"),
         ({"epochs": None}, "has epochs None, but these batches have epochs 1"),
-        ({"version": 2}, "has version 2, but these batches have version 1"),
+        (
+            {"windows": "disjoint"},
+            "has windows 'disjoint', but these batches have windows 'random'",
+        ),
+        ({"version": 1}, "has version 1, but these batches have version 2"),
         ({"drawn": -1}, "drawn .* at least 0 and at most 31, it is -1"),
         ({"drawn": 32}, "drawn .* at least 0 and at most 31, it is 32"),
         ({"drawn": "all"}, "drawn .* it is 'all'"),
@@ -271,6 +312,7 @@ def test_a_large_mapped_file_does_not_fill_the_memory(
     ("options", "message"),
     [
         ({"epochs": 0}, "epochs must be a whole number of at least 1, it is 0"),
+        ({"windows": "all"}, "windows must be one of random, disjoint, it is 'all'"),
         ({"return_tensors": "jax"}, "return_tensors must be 'pt' or 'np', it is 'jax'"),
     ],
 )
@@ -301,6 +343,7 @@ CALLS = {
     "sample_windows": lambda t, b, s: sample_windows(t, b, s, np.random.default_rng(0)),
     "Batches": lambda t, b, s: Batches(t, b, s, seed=0),
     "epochs": lambda t, b, s: Batches(t, b, s, seed=0, epochs=1),
+    "disjoint": lambda t, b, s: Batches(t, b, s, seed=0, windows="disjoint"),
     "sequential_batches": sequential_batches,
 }
 

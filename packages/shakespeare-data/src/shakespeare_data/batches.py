@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 ON_DISK = np.dtype("<u2")  # nanoGPT's .bin format: ids without a header
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _RESIDENT_BYTES = 2**28  # when the pages of a mapped file take more, they are released
 
 Pair = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+WINDOWS = ("random", "disjoint")
 
 
 def sample_windows(
@@ -63,7 +65,11 @@ class Batches:
     - `epochs`: the number of passes over the non-overlapping windows. Each pass has its own random
       order. The last batch in a pass may have fewer than `batch_size` rows. Up to `block_size - 1`
       tokens at the end of `source` do not fill a window and are left out. If `epochs` is `None`,
-      the iterator draws random windows without end.
+      the iterator draws windows without end.
+    - `windows`: how windows are drawn without end. `"random"` draws each window independently, as
+      nanoGPT does. One pass's worth of such windows misses about a third of the tokens.
+      `"disjoint"` makes passes over windows that do not overlap. Each pass begins at another random
+      token and has its own random order, so each token is drawn almost equally often.
     - `return_tensors`: `"pt"` gives torch tensors on the CPU. `"np"` gives NumPy arrays, and torch
       is not needed.
 
@@ -83,12 +89,15 @@ class Batches:
         *,
         seed: int | Sequence[int],
         epochs: int | None = None,
+        windows: Literal["random", "disjoint"] = "random",
         return_tensors: Literal["pt", "np"] = "pt",
     ) -> None:
         tokens = map_tokens(Path(source)) if isinstance(source, str | Path) else source
         _check(tokens, batch_size, block_size)
         if epochs is not None:
             epochs = whole_number("epochs", epochs, 1)
+        if windows not in WINDOWS:
+            raise DataError(f"windows must be one of {', '.join(WINDOWS)}, it is {windows!r}")
         if return_tensors not in ("pt", "np"):
             raise DataError(f"return_tensors must be 'pt' or 'np', it is {return_tensors!r}")
         self._tokens = tokens
@@ -97,9 +106,10 @@ class Batches:
         self._seed = _integers(seed)
         self._rng = _rng(self._seed)
         self._epochs = epochs
+        self._kind = windows
         self._torch = _torch() if return_tensors == "pt" else None
         self._drawn = 0  # the number of batches drawn so far
-        self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch, its window order
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # a pass, starts of its windows
         self._windows = sliding_window_view(tokens, block_size + 1)  # (N - T, T + 1)
         self._pages = _ResidentPages.of(tokens)
 
@@ -120,10 +130,12 @@ class Batches:
             raise StopIteration
         if self._pages is not None:
             self._pages.release_if_many()
-        if self._epochs is None:
-            x, y = _random_pair(self._windows, self._batch_size, self._rng)
-        else:
+        if self._epochs is not None:
             x, y = self._epoch_pair(*divmod(self._drawn, self._batches_per_epoch))
+        elif self._kind == "disjoint":
+            x, y = self._disjoint_pair()
+        else:
+            x, y = _random_pair(self._windows, self._batch_size, self._rng)
         self._drawn += 1
         if self._torch is None:
             return x, y
@@ -141,6 +153,7 @@ class Batches:
             "block_size": self._block_size,
             "seed": self._seed,
             "epochs": self._epochs,
+            "windows": self._kind,
             "drawn": self._drawn,
             "rng": self._rng.bit_generator.state,
         }
@@ -149,8 +162,8 @@ class Batches:
         """Continue from the position that `state_dict` returned.
 
         Raises `DataError` if `state` differs from this object in the number of tokens, the batch
-        size, the block size, the seed or the number of epochs, or if `state` is damaged. The
-        message names the problem. After an error, this object is unchanged.
+        size, the block size, the seed, the number of epochs or the kind of windows, or if `state`
+        is damaged. The message names the problem. After an error, this object is unchanged.
         """
         expected = self.state_dict()
         if not isinstance(state, dict):
@@ -188,9 +201,28 @@ class Batches:
     def _epoch_pair(self, epoch: int, batch: int) -> Pair:
         if self._order is None or self._order[0] != epoch:
             num_windows = _num_windows(self._tokens, self._block_size)
-            self._order = epoch, _rng(self._seed, epoch).permutation(num_windows)
+            order = _rng(self._seed, epoch).permutation(num_windows)
+            self._order = epoch, order * self._block_size
         chosen = self._order[1][batch * self._batch_size : (batch + 1) * self._batch_size]
-        return _pair(self._windows, chosen * self._block_size)
+        return _pair(self._windows, chosen)
+
+    def _disjoint_pair(self) -> Pair:
+        """Return the next batch of endless passes. A batch may have windows of several passes."""
+        # One window fewer than the text has, so that a pass can begin at any token of a window.
+        per_pass = max(1, _num_windows(self._tokens, self._block_size) - 1)
+        spare = len(self._tokens) - 1 - per_pass * self._block_size
+        chosen: list[NDArray[np.int64]] = []
+        first = self._drawn * self._batch_size
+        left = self._batch_size
+        while left:
+            number, at = divmod(first, per_pass)
+            if self._order is None or self._order[0] != number:
+                rng = _rng(self._seed, number)
+                offset = rng.integers(spare + 1)
+                self._order = number, offset + rng.permutation(per_pass) * self._block_size
+            chosen.append(self._order[1][at : at + left])
+            first, left = first + len(chosen[-1]), left - len(chosen[-1])
+        return _pair(self._windows, np.concatenate(chosen))
 
 
 def sequential_batches(
