@@ -118,9 +118,9 @@ class RunDirectory:
         `corpus` is the text of the server now, or None if the server has no text.
 
         Raises:
-            SettingsError: if the directory has no checkpoints, or if that run had another text or a
-                model of another size. If `config.json` is damaged, it is moved aside, and only the
-                checkpoints say whether the run fits.
+            SettingsError: if the directory has no checkpoints, or if that run had another text, a
+                model of another size or a schedule of another length. If `config.json` is damaged,
+                it is moved aside, and only the checkpoints say whether the run fits.
         """
         path = Path(settings.resume_from).expanduser().resolve()
         if not (path / CHECKPOINTS).is_dir():
@@ -153,6 +153,15 @@ class RunDirectory:
             if changes:
                 raise SettingsError(
                     f"the run in {path} trained a model of another size: {', '.join(changes)}"
+                )
+            old_rounds = old.get("schedule-rounds") or old.get("num-server-rounds")
+            open_ended = settings.schedule != "constant" and not settings.schedule_rounds
+            if open_ended and settings.num_server_rounds != old_rounds:
+                raise SettingsError(
+                    f"the schedule of the run in {path} lasts {old_rounds} rounds, and "
+                    f"num-server-rounds is now {settings.num_server_rounds}; "
+                    f"schedule-rounds={old_rounds} keeps the schedule, and "
+                    f"schedule-rounds={settings.num_server_rounds} stretches it"
                 )
             text = corpus and corpus.sha256
             if text != old_text:

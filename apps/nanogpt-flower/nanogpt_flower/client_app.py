@@ -29,7 +29,6 @@ from gpt_core import (
     Progress,
     build_optimizer,
     evaluate,
-    learning_rate_at,
     train_steps,
 )
 from nanogpt_flower import progress
@@ -45,6 +44,7 @@ from nanogpt_flower.client_node import (
 )
 from nanogpt_flower.client_text import client_part, directory_part, label, model_tokenizer
 from nanogpt_flower.composition import VOCABULARY, client_seed, model_config, runtime
+from nanogpt_flower.schedule import learning_rate, smallest_learning_rate_sum
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import Batches, CharTokenizer, Part, sequential_batches
 
@@ -86,10 +86,13 @@ def server_round(config: ConfigRecord) -> int:
 def measure(config: ConfigRecord, context: Context) -> dict[str, float]:
     """Compute what the policy limits, without a model and without the server's arrays."""
     settings, tokenizer = run_settings(context), model_tokenizer(config)
-    return measure_part(settings, client_part(settings, config, context), tokenizer)
+    part = client_part(settings, config, context)
+    return measure_part(settings, part, tokenizer, server_round(config))
 
 
-def measure_part(settings: Settings, part: Part, tokenizer: CharTokenizer) -> dict[str, float]:
+def measure_part(
+    settings: Settings, part: Part, tokenizer: CharTokenizer, server_round: int
+) -> dict[str, float]:
     """Compute what a round of training on this text takes.
 
     Raises:
@@ -101,15 +104,12 @@ def measure_part(settings: Settings, part: Part, tokenizer: CharTokenizer) -> di
         shape = model_config(settings, tokenizer.vocab_size)
     except ConfigError as error:
         raise Refusal("settings", "the shape of the model is not allowed") from error
-    # In the warm-up, step k of w has the fraction k / w of the learning rate.
-    warm = min(steps, settings.warmup_steps)
-    full_steps, ramp = steps - warm, warm * (warm + 1) / (2 * max(1, settings.warmup_steps))
     return {
         "characters": len(part.train),
         "steps": steps,
         "windows": windows,
         "tokens": windows * settings.block_size,
-        "learning-rate-sum": settings.learning_rate * (full_steps + ramp),
+        "learning-rate-sum": smallest_learning_rate_sum(settings, steps, server_round),
         "parameters": shape.num_parameters(),
         "vocabulary": tokenizer.vocab_size,
     }
@@ -172,7 +172,7 @@ def train_part(
         part: the text.
         context: the settings of the run, and the state of the client.
         client: the name of the client in the log.
-        server_round: the round, for the log.
+        server_round: the round, which decides the learning rate.
         seed: decides the batches and the dropout.
         max_seconds: the longest time that the round may take.
 
@@ -186,16 +186,21 @@ def train_part(
     logger.info("[%s] computes with %s", client, run)
 
     prepared = run.prepare(model)
-    optimizer = build_optimizer(model, settings.optimizer, learning_rate=settings.learning_rate)
+    optimizer = build_optimizer(
+        model,
+        settings.optimizer,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        momentum=settings.muon_momentum,
+    )
     state = restore_state(context, valid_for=model, optimizer=optimizer)
     steps_before = state["steps"] if state else 0
+    steps = num_steps(settings, part)
 
-    def learning_rate(step: int) -> float:
+    def rate(step: int) -> float:
         if time.monotonic() > deadline:
             raise Refusal("policy", f"the round takes longer than {max_seconds:g} seconds")
-        return learning_rate_at(
-            steps_before + step, peak=settings.learning_rate, warmup_steps=settings.warmup_steps
-        )
+        return learning_rate(settings, steps, server_round, step, steps_before + step)
 
     def report(now: Progress) -> None:
         logger.info("[%s] %s", client, now)
@@ -203,11 +208,18 @@ def train_part(
 
     result = train_steps(
         prepared,
-        Batches(part.train, settings.batch_size, settings.block_size, seed=seed),
+        Batches(
+            part.train,
+            settings.batch_size,
+            settings.block_size,
+            seed=seed,
+            windows=settings.windows,  # type: ignore[arg-type]
+        ),
         optimizer,
-        steps=num_steps(settings, part),
+        steps=steps,
         runtime=run,
-        learning_rate=learning_rate,
+        grad_clip=settings.grad_clip,
+        learning_rate=rate,
         on_progress=report,
         progress_seconds=1.0 if progress.is_shown() else 5.0,
     )

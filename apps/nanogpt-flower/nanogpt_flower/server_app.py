@@ -28,6 +28,7 @@ from nanogpt_flower.composition import (
     validation_text,
 )
 from nanogpt_flower.history import History
+from nanogpt_flower.schedule import describe_schedule, schedule_notes
 from nanogpt_flower.server_text import ask_vocabulary, wait_for_clients
 from nanogpt_flower.settings import Settings
 from nanogpt_flower.trackers import Trackers, check_trackers
@@ -57,6 +58,7 @@ def main(grid: Grid, context: Context) -> None:
     logger.info("output: %s", directory.path)
     logger.info("corpus: %s", f"{corpus.name} ({corpus.source})" if corpus else "none here")
     logger.info("model: %.2fM parameters; server: %s", model.num_parameters() / 1e6, run)
+    logger.info("learning rate: %s", describe_schedule(settings))
     note = corpus.note if corpus else NO_CORPUS_NOTE
 
     def evaluate_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -152,7 +154,7 @@ def emit_plan(
         compile="on" if run.compile else "off",
         first_round=directory.newest_checkpoint + 1 if settings.resume_from else 1,
         auto=reasons,
-        notes=[note] if note else [],
+        notes=[*([note] if note else []), *schedule_notes(settings)],
         directory=str(directory.path),
     )
 

@@ -62,9 +62,31 @@ class Settings:
     )
     learning_rate: float = _setting(
         1e-3,
-        "Learning rate of the clients' optimizer after the warm-up.",
+        "Highest learning rate of the clients' optimizer.",
         "a number above 0 and at most 1",
         lambda value: 0.0 < value <= 1.0,
+    )
+    schedule: str = _choice(
+        "constant",
+        "Course of the learning rate after the warm-up. It follows the steps of all rounds: "
+        '"linear" and "cosine" fall to `min-learning-rate` at the end of the last round, and '
+        '"warmup-stable-decay" falls during the last fifth of the steps.',
+        "constant",
+        "linear",
+        "cosine",
+        "warmup-stable-decay",
+    )
+    min_learning_rate: float = _setting(
+        0.0,
+        "Learning rate at the end of the schedule. It must be at most `learning-rate`.",
+        "a number from 0 to 1",
+        lambda value: 0.0 <= value <= 1.0,
+    )
+    schedule_rounds: int = _whole_number(
+        0,
+        "Number of rounds that the schedule lasts. 0 means all rounds of the run. A resumed run "
+        "keeps the number of rounds with which it started.",
+        least=0,
     )
     warmup_steps: int = _whole_number(
         20,
@@ -79,7 +101,34 @@ class Settings:
         "adamw",
         "muon",
     )
+    weight_decay: float = _setting(
+        0.1,
+        "Weight decay of the matrices, in units of the learning rate. With AdamW it also applies "
+        "to the embeddings.",
+        "a number from 0 to 10",
+        lambda value: 0.0 <= value <= 10.0,
+    )
+    muon_momentum: float = _setting(
+        0.95,
+        "Momentum of Muon.",
+        "a number of at least 0 and less than 1",
+        lambda value: 0.0 <= value < 1.0,
+    )
+    grad_clip: float = _setting(
+        1.0,
+        "Largest norm of a step's gradient. A longer gradient is scaled down. 0 means no limit.",
+        "a finite number of at least 0",
+        lambda value: isfinite(value) and value >= 0.0,
+    )
     batch_size: int = _whole_number(64, "Number of windows of text in a batch.", least=1)
+    windows: str = _choice(
+        "random",
+        'Way in which a client draws windows of its text in a round. With "random" it draws each '
+        'window alone, as nanoGPT does. With "disjoint" it passes over windows that do not '
+        "overlap, so that it reads all of its text almost equally often.",
+        "random",
+        "disjoint",
+    )
     block_size: int = _whole_number(256, "Number of characters in a window of text.", least=1)
     n_layer: int = _whole_number(6, "Number of Transformer blocks in the model.", least=1)
     n_head: int = _whole_number(6, "Number of attention heads in each block.", least=1)
@@ -290,6 +339,22 @@ class Settings:
         if self.n_embd % self.n_head:
             found.append(
                 f"n-embd is {self.n_embd}; it must be divisible by n-head, which is {self.n_head}"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            found.append(
+                f"min-learning-rate is {self.min_learning_rate}; it must be at most learning-rate, "
+                f"which is {self.learning_rate}"
+            )
+        if (
+            self.schedule != "constant"
+            and self.min_learning_rate == 0
+            and 0 < self.schedule_rounds < self.num_server_rounds
+        ):
+            found.append(
+                f"schedule-rounds is {self.schedule_rounds} and num-server-rounds is "
+                f"{self.num_server_rounds}, so the learning rate would be 0 in the last rounds; "
+                f"schedule-rounds={self.num_server_rounds} would stretch the schedule over all "
+                "rounds, and a min-learning-rate above 0 would train on at that rate"
             )
         if self.min_replies > self.min_clients:
             found.append(

@@ -123,14 +123,14 @@ def test_the_default_policy_permits_all_presets(name: str) -> None:
     settings = all_presets()[name].settings
     half = partition(load_corpus("auto"), 2)[0]
     default_policy().check_settings(settings.to_run_config())
-    default_policy().check_limits(measure_part(settings, half, half.tokenizer))
+    default_policy().check_limits(measure_part(settings, half, half.tokenizer, 1))
     assert settings.num_server_rounds <= default_policy().max_rounds
 
 
 def test_the_default_policy_names_each_setting_that_a_client_uses() -> None:
     """A setting that only the server uses needs no range."""
     of_the_server = {
-        "num-server-rounds", "seed", "corpus", "partition", "fraction-train", "fraction-evaluate",
+        "seed", "corpus", "partition", "fraction-train", "fraction-evaluate",
         "min-clients", "min-replies", "max-failed-rounds", "round-timeout", "outer-learning-rate",
         "outer-momentum", "uplink", "downlink", "keep-checkpoints", "resume-from", "client-state",
         "sample-tokens", "round-sample-tokens", "sample-prompt", "temperature", "top-k",

@@ -90,7 +90,14 @@ FINITE = "a finite number of at least 0"
         ("learning-rate", 0.0, FRACTION_WITHOUT_ZERO),
         ("learning-rate", 1.1, FRACTION_WITHOUT_ZERO),
         ("learning-rate", NAN, FRACTION_WITHOUT_ZERO),
+        ("schedule", "step", '"constant", "linear", "cosine" or "warmup-stable-decay"'),
+        ("min-learning-rate", -0.1, "a number from 0 to 1"),
+        ("schedule-rounds", -1, COUNT_OR_ZERO),
         ("warmup-steps", -1, COUNT_OR_ZERO),
+        ("weight-decay", 11.0, "a number from 0 to 10"),
+        ("muon-momentum", 1.0, FRACTION_WITHOUT_ONE),
+        ("grad-clip", INFINITY, FINITE),
+        ("windows", "all", '"random" or "disjoint"'),
         ("optimizer", "sgd", '"adamw" or "muon"'),
         ("batch-size", -4, COUNT),
         ("block-size", 0, COUNT),
@@ -199,7 +206,9 @@ def test_settings_that_contradict_each_other_are_named_at_once() -> None:
     "key", [item.name.replace("_", "-") for item in fields(Settings) if item.type is float]
 )
 def test_a_whole_number_becomes_a_float_where_a_float_is_expected(key: str) -> None:
-    whole = {"dropout": 0, "outer-momentum": 0, "max-weight-ratio": 2}.get(key, 1)
+    whole = {"max-weight-ratio": 2}.get(key, 1)
+    if key in ("dropout", "outer-momentum", "muon-momentum", "min-learning-rate"):
+        whole = 0
     value = Settings.from_run_config({key: whole}).to_run_config()[key]
     assert value == whole
     assert isinstance(value, float)

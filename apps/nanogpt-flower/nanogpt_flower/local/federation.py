@@ -178,7 +178,7 @@ class Federation:
         run_config: Mapping[str, Any],
         *options: str,
         log: Path | None = None,
-        while_running: Callable[[], None] = lambda: None,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> None:
         """Run the app with `flwr run --stream` and wait until the run has ended.
 
@@ -187,7 +187,9 @@ class Federation:
             run_config: the settings that differ from the app's.
             options: further options of `flwr run`.
             log: the file to which the output of the run is appended, by default `<home>/run.log`.
-            while_running: a function that is called about five times a second.
+            is_over: a function that is called about five times a second. If it returns True, the
+                app has done all its work, and this method does not wait for Flower to end the run,
+                which takes five seconds.
 
         Raises:
             LocalRunError: if the run did not start or did not complete, or if the SuperLink or a
@@ -211,11 +213,13 @@ class Federation:
             self._started["flwr run"] = flwr_run
         while flwr_run.poll() is None:
             time.sleep(POLL_SECONDS)
-            while_running()
+            if is_over():
+                return
             for name, process in self._started.items():
                 if process is not flwr_run and process.poll() is not None:
                     raise LocalRunError(f"{name} ended during the run: {self.log_tail(name)}")
-        while_running()
+        if is_over():
+            return
         if flwr_run.returncode:
             raise LocalRunError(f"`flwr run` did not start the run: {tail(log)}")
         status, details = self._run_status()

@@ -30,6 +30,7 @@ from nanogpt_flower.local.processes import STOP_SECONDS
 from nanogpt_flower.preset import DEFAULT, preset_named
 from nanogpt_flower.report import write_report
 from nanogpt_flower.runs import LATEST, LAUNCH_FILE, find_run, state_of, write_state
+from nanogpt_flower.schedule import schedule_rounds
 from nanogpt_flower.settings import Settings, SettingsError
 from nanogpt_flower.trackers import check_trackers
 from shakespeare_data import (
@@ -48,6 +49,7 @@ OTHER_TEXT_NOTE = (
     "Shakespeare, set SHAKESPEARE_DATA_DIR to the directory that holds its input.txt"
 )
 SIMULATION, DEPLOYMENT = "simulation", "deployment"
+LOG_SECONDS = 1.0  # Flower's log stream brings a line after at most this time
 LARGEST_PLAYS = 3  # plays that are named for each client of "dirichlet"
 
 
@@ -145,7 +147,10 @@ def prepare_resume(name: str, output_dir: Path, arguments: Sequence[str]) -> Lau
     """
     directory = RunDirectory(find_run(name, output_dir))
     launch = Launch.read(directory)
-    run_config = launch.run_config | read_overrides(arguments)
+    overrides = read_overrides(arguments)
+    run_config = launch.run_config | overrides
+    if launch.settings.schedule != "constant" and "schedule-rounds" not in overrides:
+        run_config["schedule-rounds"] = schedule_rounds(launch.settings)
     make_paths_absolute(run_config)
     if directory.newest_checkpoint or list(directory.checkpoints.glob("round-*")):
         run_config["resume-from"] = str(directory.path)
@@ -301,7 +306,7 @@ def check_policy(launch: Launch, divided: Partition) -> None:
         rules.check_settings(settings.to_run_config())
         rules.check_min_replies(settings.min_replies)
         for part in divided:
-            rules.check_limits(measure_part(settings, part, part.tokenizer))
+            rules.check_limits(measure_part(settings, part, part.tokenizer, 1))
     except Refusal as refusal:
         name = launch.policy or "the default policy"
         reason = refusal.__cause__ or refusal.sentence
@@ -438,12 +443,20 @@ def _run(launch: Launch, directory: RunDirectory, display: Display) -> None:
     events, lines = progress.Lines(events_file), progress.Lines(log)
     lines.new()
 
-    def show() -> None:
+    ended: float | None = None  # the time at which the server finished the run
+
+    def show() -> bool:
+        """Show what is new. Return whether the server has finished, and its log has arrived."""
+        nonlocal ended
         for line in events.new():
-            display.event(json.loads(line))
+            event = json.loads(line)
+            display.event(event)
+            if event["event"] == "end":
+                ended = time.monotonic()
         for line in lines.new():
             display.log(line)
         display.tick()
+        return ended is not None and time.monotonic() - ended > LOG_SECONDS
 
     environment = {progress.VARIABLE: str(events_file)}
     with temporary_federation(environment) as federation:
@@ -451,7 +464,7 @@ def _run(launch: Launch, directory: RunDirectory, display: Display) -> None:
             app, options = _start(launch, federation, divided, display)
             display.stage("starting the run")
             run_config = launch.run_config
-            federation.run(app, run_config, *options, log=log, while_running=show)
+            federation.run(app, run_config, *options, log=log, is_over=show)
         finally:
             with deferred():
                 show()
