@@ -46,6 +46,7 @@ from nanogpt_flower.client_text import client_part, directory_part, label, model
 from nanogpt_flower.composition import VOCABULARY, client_seed, model_config, runtime
 from nanogpt_flower.schedule import learning_rate, smallest_learning_rate_sum
 from nanogpt_flower.settings import Settings, SettingsError
+from nanogpt_flower.startup import leave_out_the_compiler
 from shakespeare_data import Batches, CharTokenizer, Part, sequential_batches
 
 logger = logging.getLogger("flwr.nanogpt_flower")
@@ -185,6 +186,8 @@ def train_part(
     run = runtime(settings)
     logger.info("[%s] computes with %s", client, run)
 
+    if not run.compile:
+        leave_out_the_compiler()
     prepared = run.prepare(model)
     optimizer = build_optimizer(
         model,

@@ -4,6 +4,8 @@ While a client handles one message, its text is needed several times. `read_part
 keep the texts that they have read, so one process does not read an unchanged file twice.
 """
 
+from functools import lru_cache
+
 from flwr.app import ConfigRecord, Context
 
 from flower_adapter import Refusal
@@ -15,7 +17,16 @@ from nanogpt_flower.composition import (
     parts,
 )
 from nanogpt_flower.settings import Settings
-from shakespeare_data import CORPORA, CharTokenizer, DataError, Part, load_corpus, read_part
+from shakespeare_data import (
+    CORPORA,
+    CharTokenizer,
+    Corpus,
+    DataError,
+    Part,
+    Partition,
+    load_corpus,
+    read_part,
+)
 
 
 def label(context: Context) -> str:
@@ -99,5 +110,13 @@ def _corpus_part(
             f"the corpus {corpus.name!r} of {name} has SHA-256 {corpus.sha256}, the server's has "
             f"{config.get('corpus-sha256')!s}"
         )
-    everyone = parts(settings, corpus, tokenizer, int(node["num-partitions"]))
+    everyone = _partition(settings, corpus, tokenizer, int(node["num-partitions"]))
     return everyone[int(node["partition-id"])]
+
+
+@lru_cache(maxsize=1)
+def _partition(
+    settings: Settings, corpus: Corpus, tokenizer: CharTokenizer, num_clients: int
+) -> Partition:
+    """Divide the corpus, once for all clients that one process simulates in a run."""
+    return parts(settings, corpus, tokenizer, num_clients)

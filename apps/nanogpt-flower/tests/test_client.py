@@ -1,4 +1,5 @@
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -234,3 +235,44 @@ def test_each_file_of_a_text_is_opened_once_a_message_and_not_again_while_unchan
     of_copy = ConfigRecord({**to_clients, "corpus": str(copy)})
     assert opens("train", simulated, of_copy) == ["text.txt"]
     assert opens("evaluate", simulated, of_copy) == []
+
+
+def test_a_client_trains_without_importing_the_compiler_of_torch(tmp_path: Path) -> None:
+    """The import takes more than a second of the first message of each worker."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import sys, types
+sys.modules["ray"] = types.SimpleNamespace(is_initialized=lambda: True)
+from flower_adapter import run_rounds, to_arrays
+from flower_adapter.testing import LocalGrid
+from gpt_core import GPT
+from nanogpt_flower.client_app import app
+from nanogpt_flower.composition import model_config
+from nanogpt_flower.server_app import config_for_clients, strategy
+from nanogpt_flower.settings import Settings
+from shakespeare_data import CharTokenizer, load_corpus
+settings = Settings(
+    n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=1, max_steps=1, optimizer="muon",
+    corpus=sys.argv[1],
+)
+corpus = load_corpus(settings.corpus)
+tokenizer = CharTokenizer.from_text(corpus.text)
+grid = LocalGrid(app, 2, run_config=settings.to_run_config())
+config = config_for_clients(corpus, tokenizer)
+model = GPT(model_config(settings, tokenizer.vocab_size))
+run_rounds(
+    grid, strategy(settings), to_arrays(model), num_rounds=2, train_config=config,
+    evaluate_config=config,
+)
+print("torch._dynamo" in sys.modules)
+""",
+        encoding="utf-8",
+    )
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be. " * 40, encoding="utf-8")
+    finished = subprocess.run(
+        [sys.executable, str(script), str(text)], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split()[-1] == "False"

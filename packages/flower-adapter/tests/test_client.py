@@ -186,6 +186,22 @@ def test_arrays_are_compared_with_the_skeleton_before_a_model_is_built(wrong: st
     assert "failed with ArrayMismatch" in (app(sent, context()).error.reason or "")
 
 
+def test_a_skeleton_is_built_without_random_numbers() -> None:
+    """The first ones on the meta device would make torch import its compiler."""
+    drawn = []
+
+    def skeleton(config: ConfigRecord, context: Context) -> nn.Module:
+        before = torch.get_rng_state()
+        model = nn.Sequential(nn.Linear(2, 3), nn.Embedding(4, 2), nn.LSTM(2, 2))
+        nn.init.normal_(tensor=model[0].weight)
+        drawn.append(not torch.equal(before, torch.get_rng_state()))
+        return nn.Linear(2, 1)
+
+    app = torch_client_app(build, add_one, skeleton=skeleton)
+    assert not app(message(), context()).has_error()
+    assert drawn == [False]
+
+
 def test_a_skeleton_that_fits_takes_no_memory_and_changes_nothing() -> None:
     devices = []
 

@@ -14,6 +14,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from flower_adapter import protocol
 from flower_adapter._flwr import Mod
@@ -78,7 +79,7 @@ def torch_client_app(
         key, arrays = _single_arrays(message)
         config = protocol.config_of(message)
         if skeleton is not None:
-            with torch.device("meta"):
+            with torch.device("meta"), _WithoutInitialisation():
                 check_fit(skeleton(config, context), arrays, select=select)
         model = build_model(config, context)
         if select is not None:
@@ -109,6 +110,22 @@ def torch_client_app(
     for action, answer in {protocol.LABEL_ACTION: answer_label, **(queries or {})}.items():
         app.query(action)(_answering(answer))
     return app
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """A context in which the functions in `torch.nn.init` do nothing.
+
+    On the meta device there is nothing to initialise, but the first random number there makes torch
+    import its compiler, which takes more than a second.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class _AnsweringClientApp(ClientApp):
