@@ -1,11 +1,12 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from gpt_core import GPT, GPTConfig
-from gpt_core.attention import BLOCK, blocked_causal_attention
+from gpt_core.attention import BF16_BLOCK, BLOCK, blocked_causal_attention
 
 
 def plain_attention(qkv: Tensor, n_head: int) -> Tensor:
@@ -33,6 +34,27 @@ def test_values_and_gradients_match_the_plain_formula(
     (mine * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [7, BF16_BLOCK, 2 * BF16_BLOCK + 17])
+def test_bf16_rounds_no_more_than_the_plain_formula_in_bf16(length: int) -> None:
+    torch.manual_seed(2)
+    qkv = torch.randn(2, length, 3 * 64, dtype=torch.bfloat16)
+    weights = torch.randn(2, length, 64, dtype=torch.bfloat16)
+
+    def run(attention: Callable[[Tensor, int], Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaf = qkv.to(dtype).requires_grad_()
+        y = attention(leaf, 2)
+        y.backward(weights.to(dtype))
+        assert y.dtype == leaf.grad.dtype == dtype
+        return [y.detach().double(), leaf.grad.double()]
+
+    exact = run(plain_attention, torch.float64)
+    plain, ours = (
+        run(attention, torch.bfloat16) for attention in (plain_attention, blocked_causal_attention)
+    )
+    for value, of_plain, expected in zip(ours, plain, exact, strict=True):
+        assert (value - expected).norm() < 1.2 * (of_plain - expected).norm()
 
 
 def test_gradients_match_finite_differences() -> None:

@@ -66,10 +66,23 @@ def orthogonalise(matrices: Tensor, *, dtype: torch.dtype | None = None) -> Tens
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_(min=1e-7)
-    for a, b, c in POLYNOMIALS:
-        a, b, c = a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5
+    # All polynomials but the first one can be computed from the small matrix x x^T alone. Rounding
+    # errors in its small eigenvalues grow there, in bf16 too much to apply more than two at once.
+    together = 1 if x.size(2) < 2 * x.size(1) else 2 if x.element_size() < 4 else 4
+    for first in range(0, len(POLYNOMIALS), together):
         gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        product = None
+        for i, (a, b, c) in enumerate(POLYNOMIALS[first : first + together], start=1):
+            a, b, c = a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # x becomes (a + factor) x
+            if together == 1:
+                x = torch.baddbmm(x, factor, x, beta=a)
+                continue
+            factor.diagonal(dim1=1, dim2=2).add_(a)
+            product = factor if product is None else torch.bmm(factor, product)
+            if i < together:
+                gram = torch.bmm(factor, torch.bmm(factor, gram))
+        x = x if product is None else torch.bmm(product, x)
     return (x.mT if tall else x).to(matrices.dtype)
 
 
@@ -154,15 +167,17 @@ class Muon(Optimizer):
                 target, blocks = (_wide_blocks(x, *group["blocks"]) for x in (parameter, direction))
                 rate = group["lr"] * 0.2 * math.sqrt(blocks.size(-1))
                 kind = (*blocks.shape[-2:], blocks.device, blocks.dtype)
-                stacks.setdefault(kind, []).append((target, blocks.flatten(0, 1), rate))
-        for (*_, device, dtype), members in stacks.items():
+                stacks.setdefault(kind, []).append((target, blocks, rate))
+        for (m, n, device, dtype), members in stacks.items():
+            counts = [blocks.size(0) * blocks.size(1) for _, blocks, _ in members]
             iterated = self._dtype or (torch.bfloat16 if has_bf16(device) else dtype)
-            updates = orthogonalise(torch.cat([x for _, x, _ in members]), dtype=iterated)
-            start = 0
-            for target, blocks, rate in members:
-                update = updates[start : start + len(blocks)]
+            stack = torch.empty(sum(counts), m, n, dtype=iterated, device=device)
+            parts = torch.split(stack, counts)
+            for (_, blocks, _), part in zip(members, parts, strict=True):
+                part.view(blocks.shape).copy_(blocks)
+            updates = torch.split(orthogonalise(stack), counts)
+            for (target, _, rate), update in zip(members, updates, strict=True):
                 target.sub_(update.view(target.shape), alpha=rate)
-                start += len(blocks)
 
     def _direction(self, parameter: Tensor, grad: Tensor, momentum: float) -> Tensor:
         """Update the momentum and return the matrix that is orthogonalised."""
