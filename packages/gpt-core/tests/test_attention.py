@@ -43,7 +43,7 @@ def test_bf16_rounds_no_more_than_the_plain_formula_in_bf16(length: int) -> None
     weights = torch.randn(2, length, 64, dtype=torch.bfloat16)
 
     def run(attention: Callable[[Tensor, int], Tensor], dtype: torch.dtype) -> list[Tensor]:
-        leaf = qkv.to(dtype).requires_grad_()
+        leaf = qkv.to(dtype, copy=True).requires_grad_()
         y = attention(leaf, 2)
         y.backward(weights.to(dtype))
         assert y.dtype == leaf.grad.dtype == dtype
