@@ -254,7 +254,7 @@ def readme_example(readme: Path) -> str:
 
 @nox.session
 def simulate(session: nox.Session) -> None:
-    """Train in a Flower simulation. Arguments: [quick|full] [key=value ...] [--clients N]."""
+    """Train in a Flower simulation. Arguments: [preset] [key=value ...] [--clients N]."""
     federate(session)
 
 
@@ -262,7 +262,7 @@ def simulate(session: nox.Session) -> None:
 def deploy(session: nox.Session) -> None:
     """Train on local SuperNodes with TLS, keys and a proxy if nginx is installed.
 
-    Arguments: [quick|full] [key=value ...] [--clients N].
+    Arguments: [preset] [key=value ...] [--clients N].
     """
     federate(session, "--deploy")
 

@@ -43,7 +43,9 @@ PresetAndOverrides = Annotated[
         metavar="[preset] [key=value]...", help="a preset (default: quick), then settings"
     ),
 ]
-Clients = Annotated[int, typer.Option("--clients", help="number of clients")]
+Clients = Annotated[
+    int | None, typer.Option("--clients", help="number of clients; the preset's own by default")
+]
 Cpus = Annotated[
     int | None, typer.Option("--cpus", help="cores of each simulated client (default: 1)")
 ]
@@ -86,7 +88,7 @@ def options(
 @app.command()
 def run(
     arguments: PresetAndOverrides = None,
-    clients: Clients = 2,
+    clients: Clients = None,
     deploy: Annotated[
         bool, typer.Option("--deploy", help="a SuperLink and SuperNodes instead of a simulation")
     ] = False,
@@ -102,7 +104,7 @@ def run(
     \b
     nanogpt-flower run quick
     nanogpt-flower run quick corpus=my.txt
-    nanogpt-flower run full uplink=2-bit downlink=2-bit
+    nanogpt-flower run best uplink=2-bit downlink=2-bit
     nanogpt-flower run quick --clients 4 partition=by-play --deploy
     """
     from nanogpt_flower.local.launch import prepare
@@ -171,9 +173,11 @@ def presets() -> None:
         print(
             f"{preset.name}: {preset.summary}\n"
             f"  size    {model.num_parameters() / 1e6:.2f}M parameters\n"
-            f"  rounds  {settings.num_server_rounds} x {settings.max_steps} steps\n"
-            f"  tokens  {preset.tokens:,} for each client\n"
-            f"  loss    {preset.val_loss:.2f} with 2 clients on Tiny Shakespeare\n"
+            f"  clients {preset.clients}\n"
+            f"  rounds  {settings.num_server_rounds} x {settings.max_steps} steps of "
+            f"{settings.batch_size} x {settings.block_size} characters\n"
+            f"  tokens  {preset.tokens:,} of all clients\n"
+            f"  loss    {preset.val_loss:.2f} on Tiny Shakespeare\n"
             f"  time    {minutes}"
         )
 
@@ -346,7 +350,7 @@ def report(name: RunName, output_dir: OutputDir = RUNS) -> None:
 @app.command()
 def compare(
     arguments: PresetAndOverrides = None,
-    clients: Clients = 2,
+    clients: Clients = None,
     partition: Annotated[
         str | None, typer.Option("--partition", help="how to divide the text among the clients")
     ] = None,

@@ -17,7 +17,7 @@ _MEASURED = "measured"
 
 @dataclass(frozen=True)
 class Preset:
-    """A preset and what was measured with it, with two clients on Tiny Shakespeare."""
+    """A preset and what was measured with it on Tiny Shakespeare."""
 
     name: str
     run_config: dict[str, Any]
@@ -31,11 +31,16 @@ class Preset:
         return Settings.from_run_config(self.run_config)
 
     @property
+    def clients(self) -> int:
+        """The number of clients for which the preset was made."""
+        return self.settings.min_clients
+
+    @property
     def tokens(self) -> int:
-        """The number of tokens on which one client trains in the whole run."""
+        """The number of tokens on which all clients together train in the whole run."""
         settings = self.settings
-        rounds, steps = settings.num_server_rounds, settings.max_steps
-        return rounds * steps * settings.batch_size * settings.block_size
+        steps = self.clients * settings.num_server_rounds * settings.max_steps
+        return steps * settings.batch_size * settings.block_size
 
 
 def all_presets() -> dict[str, Preset]:

@@ -11,7 +11,7 @@ import pytest
 
 from nanogpt_flower.cli import app, main
 from nanogpt_flower.preset import all_presets, preset_named
-from nanogpt_flower.settings import SettingsError
+from nanogpt_flower.settings import Settings, SettingsError
 from nanogpt_flower.trained import evaluate_run
 
 COMMANDS = ["run", "resume", "presets", "runs", "sample", "chat", "eval", "report", "compare"]
@@ -151,13 +151,13 @@ def test_presets_are_shown_with_all_figures(capsys: pytest.CaptureFixture[str]) 
     text = printed(capsys, "presets")
     for preset in all_presets().values():
         assert f"{preset.name}: {preset.summary}" in text
-        assert f"{preset.val_loss:.2f} with 2 clients" in text
+        assert f"{preset.val_loss:.2f} on Tiny Shakespeare" in text
         assert len(preset.minutes) == 2
         for machine in preset.minutes:
             assert machine in text
     assert "0.80M parameters" in text
     assert "10.65M parameters" in text
-    assert f"{4 * 200 * 12 * 64:,} for each client" in text
+    assert f"{2 * 4 * 200 * 12 * 64:,} of all clients" in text
 
 
 def test_each_file_of_settings_is_a_preset_and_valid() -> None:
@@ -165,7 +165,30 @@ def test_each_file_of_settings_is_a_preset_and_valid() -> None:
     files = {path.stem for path in folder.glob("*.toml")} - {"measured"}
     assert files == set(all_presets())
     assert preset_named("quick").settings.optimizer == "muon"
-    assert preset_named("full").run_config == {}
+    assert preset_named("original").settings == Settings()
+
+
+def test_original_has_the_ten_values_of_the_example_and_no_others() -> None:
+    example = {
+        "num-server-rounds": 5,
+        "local-epochs": 1,
+        "max-steps": 50,
+        "learning-rate": 1e-3,
+        "batch-size": 64,
+        "block-size": 256,
+        "n-layer": 6,
+        "n-head": 6,
+        "n-embd": 384,
+        "dropout": 0.2,
+    }
+    assert preset_named("original").run_config == example
+
+
+def test_each_line_of_a_preset_has_a_comment() -> None:
+    folder = Path(preset_named.__code__.co_filename).with_name("presets")
+    for path in folder.glob("*.toml"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert path.stem == "measured" or "#" in line, f"{path.name}: {line}"
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

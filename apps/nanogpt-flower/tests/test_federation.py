@@ -106,7 +106,7 @@ def cut_off(
 ) -> Path:
     """Start a simulation, call `end` after its first round, and return the run's directory."""
     output = Path(settings["output-dir"])
-    with started(command("run", "full", **settings), log) as process:
+    with started(command("run", "original", **settings), log) as process:
         deadline = time.monotonic() + 120
         while not list(output.glob("*/checkpoints/round-000001/round.json")):
             assert process.poll() is None, log.read_text()
@@ -294,7 +294,7 @@ def test_supernodes_train_on_their_own_directories_as_in_one_process(
     settings = tiny | {"num-server-rounds": 1}
     output = {"output-dir": str(tmp_path / "deployed")}
     options = ["--deploy", "--policy", str(policy_file)]
-    status, printed = run("run", "full", *options, **(settings | output))
+    status, printed = run("run", "original", *options, **(settings | output))
     assert status == 0, printed
     (deployed,) = run_directories(tmp_path / "deployed")
     for number in range(2):

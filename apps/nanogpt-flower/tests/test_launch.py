@@ -14,6 +14,7 @@ from nanogpt_flower.composition import parts
 from nanogpt_flower.interrupts import ENDING_SIGNALS
 from nanogpt_flower.local import launch
 from nanogpt_flower.local.launch import Launch, alone_in, write_parts
+from nanogpt_flower.preset import all_presets
 from nanogpt_flower.settings import Settings, SettingsError
 from shakespeare_data import CharTokenizer, load_corpus
 
@@ -41,7 +42,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[di
 def arguments(text_file: Path, tmp_path: Path) -> list[str]:
     """Overrides that fit on this machine."""
     overrides = {"corpus": text_file, "block-size": 16, "output-dir": tmp_path / "runs"}
-    return ["full", *(f"{key}={value}" for key, value in overrides.items())]
+    return ["original", *(f"{key}={value}" for key, value in overrides.items())]
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -80,11 +81,10 @@ def test_a_bad_setting_is_explained_in_one_line_before_anything_starts(
 def test_an_unknown_preset_is_refused_with_the_known_ones(
     started: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", "fast"]) == 2
+    assert main(["run", "slow"]) == 2
     message = capsys.readouterr().err
-    assert message == (
-        "nanogpt-flower: error: the preset is 'fast'; it must be one of quick, full\n"
-    )
+    known = ", ".join(all_presets())
+    assert message == (f"nanogpt-flower: error: the preset is 'slow'; it must be one of {known}\n")
     assert started == []
 
 
@@ -134,7 +134,7 @@ def test_the_first_round_waits_for_all_clients(
 def test_overrides_change_the_preset_and_shells_may_remove_their_quotes(
     arguments: list[str], started: list[dict[str, Any]]
 ) -> None:
-    quick = ["quick" if argument == "full" else argument for argument in arguments]
+    quick = ["quick" if argument == "original" else argument for argument in arguments]
     overrides = ["dropout=0.1", "optimizer=adamw", 'uplink="2-bit"', "sample-prompt=my lord"]
     assert main(["run", *quick, *overrides]) == 0
     settings = Settings.from_run_config(started[0])
@@ -146,7 +146,7 @@ def test_overrides_change_the_preset_and_shells_may_remove_their_quotes(
 def test_the_quick_preset_is_used_if_none_is_named(
     arguments: list[str], started: list[dict[str, Any]]
 ) -> None:
-    arguments.remove("full")
+    arguments.remove("original")
     assert main(["run", *arguments]) == 0
     assert Settings.from_run_config(started[0]).n_layer == 4
 

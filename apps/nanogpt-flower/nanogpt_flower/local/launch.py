@@ -104,7 +104,7 @@ class Launch:
 def prepare(
     arguments: Sequence[str],
     *,
-    clients: int = 2,
+    clients: int | None = None,
     deploy: bool = False,
     policy: Path | None = None,
     cpus: int | None = None,
@@ -112,21 +112,25 @@ def prepare(
 ) -> Launch:
     """Read the arguments `[preset] [key=value ...]`, and decide how the run is started.
 
+    If `clients` is None, the run has as many clients as the preset.
+
     Raises:
         ValueError: an argument, a setting or a resource is not allowed, or the text is too small.
             The message names it and says what is allowed.
     """
+    name, overrides = read_arguments(arguments)
+    preset = preset_named(name)
+    if clients is None:
+        clients = preset.clients
     check_resources(clients, deploy, cpus, gpus)
     if policy is not None and not deploy:
         raise SettingsError("--policy is for --deploy; simulated clients have no policy")
-    preset, overrides = read_arguments(arguments)
-    run_config = preset_named(preset).run_config | overrides
-    run_config.setdefault("min-clients", clients)
+    run_config = preset.run_config | {"min-clients": clients} | overrides
     run_config.setdefault("min-replies", min(2, clients))
     make_paths_absolute(run_config)
     runtime_name = DEPLOYMENT if deploy else SIMULATION
     rules = str(policy.resolve()) if policy else ""
-    launch = Launch(preset, run_config, clients, runtime_name, cpus, gpus, rules)
+    launch = Launch(name, run_config, clients, runtime_name, cpus, gpus, rules)
     corpus = check(launch)
     if corpus is not None:
         changes, notes = fit(run_config, corpus, clients, frozenset(overrides))
