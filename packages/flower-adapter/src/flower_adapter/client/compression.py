@@ -1,6 +1,7 @@
 """A Flower mod that decodes the messages to a client and compresses the client's replies."""
 
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
+from torch import Tensor
 
 from flower_adapter import protocol
 from flower_adapter._flwr import ClientAppCallable
@@ -23,8 +24,8 @@ def compression_mod(message: Message, context: Context, call_next: ClientAppCall
 
     The mod keeps two states in the client's context:
     - the model to which the server's next delta is added,
-    - the residual, which is what the compression of the last reply has lost. The residual is added
-      to the next reply (error feedback).
+    - the residual, which is what the compression of the last reply has lost. The residual, or the
+      share of it that the codec asks for, is added to the next reply (error feedback).
 
     If a message cannot be decoded, or a reply cannot be encoded, the server gets an error reply.
     """
@@ -103,7 +104,10 @@ def _encode(
     for key, arrays in list(content.array_records.items()):
         name = f"{_RESIDUAL}.{key}"
         saved = restore_state(context, name=name)
-        residual = saved["residual"] if saved and saved["codec"] == header.uplink else None
+        residual: dict[str, Tensor] = {}
+        if saved and saved["codec"] == header.uplink:
+            share = codec(header.uplink).feedback
+            residual = {name: share * loss for name, loss in saved["residual"].items()}
         encoded = encode(arrays, received, header.uplink, residual)
         save_state(context, name=name, codec=header.uplink, residual=encoded.residual)
         content[key] = encoded.arrays

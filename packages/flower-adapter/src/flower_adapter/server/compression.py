@@ -19,12 +19,14 @@ class Compression:
     """Codecs for the arrays between server and clients. Clients need `compression_mod`.
 
     Uplink: a reply is a delta to the model that the client received. Encoding loses a part of this
-    delta. The client keeps this loss and adds it to its next delta (error feedback).
+    delta. The client keeps this loss and adds a share of it to its next delta (error feedback, see
+    `flower_adapter.arrays.codecs.Codec`). The server adds the delta to the model that the client
+    received.
 
     Downlink: encoding loses something, so the model that clients decode differs a little from the
-    server's model. The server keeps a copy of this decoded model. When the server has a new model,
-    it encodes the delta from the copy to the new model. This delta therefore also corrects the loss
-    of the last delta. What a client gets depends on the model that it holds:
+    server's model. The server keeps a copy of this decoded model. The clients train from the copy,
+    and the replies are added to the copy. So the next model has only what clients have trained, and
+    the loss of the downlink is gone. What a client gets depends on the model that it holds:
     - A client that holds the previous decoded model gets the delta.
     - A client that already holds the new decoded model gets no arrays.
     - Any other client gets the whole new decoded model. Such a client is new, did not take part in
@@ -100,7 +102,7 @@ class Compression:
         Raises:
             CodecError: the arrays cannot be decoded.
         """
-        return decode(arrays, self._exact)
+        return decode(arrays, self._copy)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a checkpoint keeps."""
