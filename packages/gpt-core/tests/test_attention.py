@@ -72,15 +72,21 @@ def test_large_scores_do_not_overflow() -> None:
     assert qkv.grad.isfinite().all()
 
 
-def test_training_and_evaluation_give_the_same_logits() -> None:
-    """Training uses blocked attention, and evaluation uses PyTorch's kernel."""
+def test_blocked_attention_gives_the_logits_of_pytorchs_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(1)
     model = GPT(GPTConfig(11, 100, 2, 2, 16, dropout=0.0))
     idx = torch.randint(11, (2, 100))
     trained = model.train()(idx).logits
     assert "_BlockedCausalAttention" in graph_of(trained)
     with torch.no_grad():
-        torch.testing.assert_close(trained, model.eval()(idx).logits, rtol=1e-5, atol=1e-6)
+        evaluated = model.eval()(idx).logits
+    monkeypatch.setattr("gpt_core.model.blocked_is_faster", lambda _: False)
+    of_kernel = model(idx).logits
+    assert "_BlockedCausalAttention" not in graph_of(of_kernel)
+    assert torch.equal(trained, evaluated)
+    torch.testing.assert_close(trained, of_kernel, rtol=1e-5, atol=1e-6)
 
 
 def test_long_sequences_use_the_flash_kernel() -> None:

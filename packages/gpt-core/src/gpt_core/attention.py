@@ -1,4 +1,4 @@
-"""Compute causal self-attention in blocks of matrix products, for training on a CPU.
+"""Compute causal self-attention in blocks of matrix products, on a CPU.
 
 PyTorch's flash attention for CPUs is much slower than PyTorch's matrix products. This module cuts
 the queries into blocks. It multiplies each block of queries only with the keys up to the end of
@@ -106,9 +106,9 @@ def blocked_causal_attention(qkv: Tensor, n_head: int) -> Tensor:
 def blocked_is_faster(qkv: Tensor) -> bool:
     """Return whether `blocked_causal_attention` should be used for `qkv`, (B, T, 3 C).
 
-    `blocked_causal_attention` is faster than PyTorch's attention for training on a CPU, with 2 to
-    512 tokens, in fp32, float64, or bf16 that the hardware has. It is never used under
-    torch.compile or torch.func.
+    `blocked_causal_attention` is faster than PyTorch's attention on a CPU, with 2 to 512 tokens, in
+    fp32, float64, or bf16 that the hardware has. It is never used under torch.compile or
+    torch.func.
     """
     return (
         qkv.device.type == "cpu"
@@ -116,7 +116,6 @@ def blocked_is_faster(qkv: Tensor) -> bool:
             qkv.dtype in (torch.float32, torch.float64)
             or (qkv.dtype == torch.bfloat16 and has_bf16(qkv.device))
         )
-        and qkv.requires_grad
         and 1 < qkv.size(1) <= MAX_LENGTH
         and not torch.compiler.is_compiling()
         # torch.func transforms do not accept an autograd function without `setup_context`
