@@ -165,6 +165,13 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def many(session: nox.Session) -> None:
+    """Simulate 1,000 clients, and print times and memory. Arguments: [--clients N] [key=value]."""
+    install(session, *LIBRARIES, APP)
+    session.run("python", f"{APP}/benchmarks/many_clients.py", *session.posargs, **INTERRUPT)
+
+
+@nox.session
 def colluders(session: nox.Session) -> None:
     """Measure how far colluding clients can move the average of a round."""
     install(session, "packages/flower-adapter[test]")

@@ -152,7 +152,7 @@ def test_presets_are_shown_with_all_figures(capsys: pytest.CaptureFixture[str]) 
     for preset in all_presets().values():
         assert f"{preset.name}: {preset.summary}" in text
         assert f"{preset.val_loss:.2f} on Tiny Shakespeare" in text
-        assert len(preset.minutes) == 2
+        assert preset.minutes
         for machine in preset.minutes:
             assert machine in text
     assert "0.80M parameters" in text

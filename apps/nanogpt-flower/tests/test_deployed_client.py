@@ -11,7 +11,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from flower_adapter import Policy, PolicyError, to_arrays
+from flower_adapter import Policy, PolicyError, Refusal, to_arrays
 from flower_adapter.protocol import ATTEMPTS, MIN_REPLIES, RUN
 from flower_adapter.testing import LocalGrid
 from nanogpt_flower.client_app import app, build_model, measure, measure_part
@@ -119,12 +119,18 @@ def test_one_window_of_text_is_refused_by_the_default_policy(
 
 
 @pytest.mark.parametrize("name", all_presets())
-def test_the_default_policy_permits_all_presets(name: str) -> None:
-    settings = all_presets()[name].settings
-    half = partition(load_corpus("auto"), 2)[0]
+def test_the_default_policy_permits_all_presets_but_the_shortest(name: str) -> None:
+    preset = all_presets()[name]
+    settings = preset.settings
+    part = partition(load_corpus("auto"), preset.clients)[0]
     default_policy().check_settings(settings.to_run_config())
-    default_policy().check_limits(measure_part(settings, half, half.tokenizer, 1))
+    measured = measure_part(settings, part, part.tokenizer, 1)
     assert settings.num_server_rounds <= default_policy().max_rounds
+    if name == "fast":
+        with pytest.raises(Refusal, match="policy"):
+            default_policy().check_limits(measured)
+    else:
+        default_policy().check_limits(measured)
 
 
 def test_the_default_policy_names_each_setting_that_a_client_uses() -> None:
