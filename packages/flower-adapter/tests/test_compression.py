@@ -177,8 +177,10 @@ def test_as_many_bytes_travel_as_the_codec_says(name: str) -> None:
     scales = 4 * 4 if name == "int8" else 0  # a float32 for each of 4 channels
     encoded = 4 * WIDTH * BITS[name] / 8 + scales + len(start()["bias"].data)
     assert grid.bytes_down("train") == [whole(), 0, 0]
-    assert grid.bytes_up("train") == [encoded] * 3
-    assert grid.bytes_down("evaluate") == [encoded] * 3
+    # 2-bit has a code of variable length, and these arrays are small for its tables
+    margin = 0.5 * encoded if name == "2-bit" else 0
+    for travelled in (grid.bytes_up("train"), grid.bytes_down("evaluate")):
+        assert travelled == pytest.approx([encoded] * 3, rel=0, abs=margin)
     assert grid.bytes_up("evaluate") == [0] * 3
 
 
@@ -305,11 +307,11 @@ class Rewriting(Metered):
     ("changes", "reason"),
     [
         (
-            {"format": 2},
-            "the message uses compression format 2, this side knows 1: install the same "
+            {"format": 3},
+            "the message uses compression format 3, this side knows 2: install the same "
             "flower-adapter on both sides",
         ),
-        ({"format": "1"}, "the message uses compression format '1', this side knows 1"),
+        ({"format": "2"}, "the message uses compression format '2', this side knows 2"),
         ({"uplink": "int3"}, "codec 'int3' is unknown here, should be one of fp32, "),
         ({"uplink": 3}, "the compression record is "),
         ({"base": "v7"}, "does not hold the model to which the message is a delta"),
@@ -357,10 +359,10 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "empty shape": (other(shape=(0, 3), data=b""), "weight"),
     "negative shape": (other(shape=(-4, -WIDTH)), "weight"),
     "other dtype": (other(dtype="float64"), "is float64 (4, 64), should be float32 (4, 64)"),
-    "unknown codec": (other(stype="flower-adapter/int3/1"), "codec 'int3' is unknown here"),
+    "unknown codec": (other(stype="flower-adapter/int3/2"), "codec 'int3' is unknown here"),
     "later version": (
-        other(stype="flower-adapter/int8/2"),
-        "is int8 of compression format 2, this side knows 1",
+        other(stype="flower-adapter/int8/3"),
+        "is int8 of compression format 3, this side knows 2",
     ),
     "no version": (other(stype="flower-adapter/int8"), "compression format none"),
     "nan": (
@@ -368,7 +370,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
         "weight holds NaN or Inf (256 of 256 values)",
     ),
     "indices": (
-        other(stype="flower-adapter/top-k:0.01/1", data=b"\xff" * 24),
+        other(stype="flower-adapter/top-k:0.01/2", data=b"\xff" * 24),
         "indices outside the 256 values",
     ),
 }
@@ -476,7 +478,7 @@ def test_a_header_comes_back_from_its_record_whatever_is_empty() -> None:
         record = header.to_record()
         assert RecordDict({"x": record})["x"].count_bytes() > 0
         assert CompressionHeader.from_record(record) == header
-    for wrong in (None, MetricRecord({"format": 1}), ConfigRecord()):
+    for wrong in (None, MetricRecord({"format": 2}), ConfigRecord()):
         with pytest.raises(ValueError, match="the message uses compression format None"):
             CompressionHeader.from_record(wrong)
 

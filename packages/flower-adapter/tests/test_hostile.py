@@ -101,8 +101,8 @@ names = st.sampled_from(["w", "n", "x", "", "w\x00"])
 dtypes = st.sampled_from(["float32", "float64", "int64", "float16", "object", "V0", "", "|V0"])
 stypes = st.sampled_from(
     ["numpy.ndarray", "", "torch", "pickle"]
-    + [f"flower-adapter/{name}/1" for name in ("2-bit", "int8", "fp32", "top-k:1e-300", "x")]
-    + ["flower-adapter/2-bit/9", "flower-adapter/", "flower-adapter/top-k:/1"]
+    + [f"flower-adapter/{name}/2" for name in ("2-bit", "int8", "fp32", "top-k:1e-300", "x")]
+    + ["flower-adapter/2-bit/9", "flower-adapter/", "flower-adapter/top-k:/2"]
 )
 shapes = st.lists(st.integers(0, 3) | st.integers(-(2**62), 2**62), max_size=4).map(tuple)
 

@@ -133,7 +133,7 @@ DTYPES = ["bool", "int8", "uint64", "float16", "float32", "float64", "complex64"
 def reply(**arrays: Any) -> Message:
     """Return a reply with these arrays, a compressed one, and other records."""
     chosen = record(**arrays)
-    chosen["packed"] = Array("float32", (8, 9), "flower-adapter/2-bit/1", b"\x01\xfe" * 9)
+    chosen["packed"] = Array("float32", (8, 9), "flower-adapter/2-bit/2", b"\x01\xfe" * 9)
     content = RecordDict(
         {
             "arrays": chosen,
@@ -187,7 +187,7 @@ def test_a_reply_comes_back_with_the_same_bytes(memory: int, dtype: str, files: 
         found = kept.load()
     assert alike(found, expected)
     assert [*found.content["arrays"]] == ["a", "empty", "scalar", "fortran", "packed"]
-    assert found.content["arrays"]["packed"].stype == "flower-adapter/2-bit/1"
+    assert found.content["arrays"]["packed"].stype == "flower-adapter/2-bit/2"
     assert data(found.content["arrays"]) == data(expected.content["arrays"])
     assert len(files) == (1 if memory == 0 else 0)
 

@@ -40,7 +40,7 @@ END_QUERY = f"{MessageType.QUERY}.{END_ACTION}"
 # The record that describes compressed arrays. A client's context also uses this name, as the
 # prefix of two states: the model and the error feedback.
 COMPRESSION = "flower-adapter.compression"
-COMPRESSION_VERSION = 1
+COMPRESSION_VERSION = 2
 _COMPRESSED = "flower-adapter/"  # how the `stype` of a compressed array begins
 
 REPLY_RECORDS = frozenset({CLIENT, COMPRESSION})  # the config records that a reply may hold
