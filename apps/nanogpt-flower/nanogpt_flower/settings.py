@@ -32,6 +32,16 @@ def _whole_number(default: int, description: str, *, least: int) -> Any:
     return _setting(default, description, allowed, lambda value: value >= least)
 
 
+def _below_one(default: float, description: str) -> Any:
+    allowed = "a number of at least 0 and less than 1"
+    return _setting(default, description, allowed, lambda value: 0.0 <= value < 1.0)
+
+
+def _finite(default: float, description: str) -> Any:
+    allowed = "a finite number of at least 0"
+    return _setting(default, description, allowed, lambda value: isfinite(value) and value >= 0.0)
+
+
 def _choice(default: str, description: str, *choices: str) -> Any:
     *others, last = [f'"{choice}"' for choice in choices]
     allowed = f"{', '.join(others)} or {last}"
@@ -108,17 +118,13 @@ class Settings:
         "a number from 0 to 10",
         lambda value: 0.0 <= value <= 10.0,
     )
-    muon_momentum: float = _setting(
+    muon_momentum: float = _below_one(
         0.95,
         "Momentum of Muon.",
-        "a number of at least 0 and less than 1",
-        lambda value: 0.0 <= value < 1.0,
     )
-    grad_clip: float = _setting(
+    grad_clip: float = _finite(
         1.0,
         "Largest norm of a step's gradient. A longer gradient is scaled down. 0 means no limit.",
-        "a finite number of at least 0",
-        lambda value: isfinite(value) and value >= 0.0,
     )
     batch_size: int = _whole_number(64, "Number of windows of text in a batch.", least=1)
     windows: str = _choice(
@@ -135,11 +141,9 @@ class Settings:
     n_embd: int = _whole_number(
         384, "Number of channels of the model. `n-head` must divide this number.", least=1
     )
-    dropout: float = _setting(
+    dropout: float = _below_one(
         0.2,
         "Dropout rate on embeddings and residual branches.",
-        "a number of at least 0 and less than 1",
-        lambda value: 0.0 <= value < 1.0,
     )
     seed: int = _setting(
         1337,
@@ -210,12 +214,10 @@ class Settings:
         "a finite number above 1",
         lambda value: isfinite(value) and value > 1.0,
     )
-    round_timeout: float = _setting(
+    round_timeout: float = _finite(
         3600.0,
         "Seconds for which the server waits for replies. The limit applies to training and to "
         "evaluation separately. 0 means no limit.",
-        "a finite number of at least 0",
-        lambda value: isfinite(value) and value >= 0.0,
     )
     outer_learning_rate: float = _setting(
         1.0,
@@ -224,11 +226,9 @@ class Settings:
         "a number above 0 and at most 10",
         lambda value: 0.0 < value <= 10.0,
     )
-    outer_momentum: float = _setting(
+    outer_momentum: float = _below_one(
         0.0,
         "Nesterov momentum of the server's step. DiLoCo uses 0.9.",
-        "a number of at least 0 and less than 1",
-        lambda value: 0.0 <= value < 1.0,
     )
     uplink: str = _text(
         "fp32",
@@ -274,11 +274,9 @@ class Settings:
         "a text of characters that the corpus has, or empty",
         may_be_empty=True,
     )
-    temperature: float = _setting(
+    temperature: float = _finite(
         0.8,
         "Temperature of the samples. 0 always takes the likeliest character.",
-        "a finite number of at least 0",
-        lambda value: isfinite(value) and value >= 0.0,
     )
     top_k: int = _whole_number(
         0, "Number of likeliest characters to draw the samples from. 0 means all.", least=0
