@@ -54,10 +54,10 @@ class Codec:
     """`encode` packs a float32 tensor into bytes, and `decode` makes a tensor from the bytes.
 
     A client adds the share `feedback` of what one reply has lost to its next reply. With 1, all
-    changes of a client arrive sooner or later, which top-k needs. "2-bit" loses a third of each
-    change. The client's next training starts from a model without that third and makes up for a
-    part of it, so adding all of it would do that part twice. Decayed feedback is from Wu et al.
-    2018, arXiv 1806.08054.
+    changes of a client arrive sooner or later, which top-k needs. "2-bit" loses more than
+    a quarter of each change's norm. The client's next training starts from a model without that
+    loss and makes up for a part of it, so adding all of it would do that part twice. Decayed
+    feedback is from Wu et al. 2018, arXiv 1806.08054.
     """
 
     name: str
