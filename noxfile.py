@@ -135,7 +135,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def measure(session: nox.Session) -> None:
-    """Measure gpt-core on this CPU. Arguments: [training|memory|profile|generation|loss ...]."""
+    """Measure gpt-core on this CPU. Arguments: [training|memory|profile|optimizers|... ...]."""
     install(session, "packages/gpt-core[parity]")
     session.run("python", "packages/gpt-core/benchmarks/cpu.py", *session.posargs)
 
@@ -169,6 +169,13 @@ def many(session: nox.Session) -> None:
     """Simulate 1,000 clients, and print times and memory. Arguments: [--clients N] [key=value]."""
     install(session, *LIBRARIES, APP)
     session.run("python", f"{APP}/benchmarks/many_clients.py", *session.posargs, **INTERRUPT)
+
+
+@nox.session
+def reach(session: nox.Session) -> None:
+    """Measure the time to a loss of 2.52, here and on a plain path. Arguments: [--loss LOSS]."""
+    install(session, *LIBRARIES, APP)
+    session.run("python", f"{APP}/benchmarks/time_to_loss.py", *session.posargs, **INTERRUPT)
 
 
 @nox.session

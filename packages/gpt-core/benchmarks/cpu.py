@@ -1,11 +1,12 @@
 """Measure gpt-core on this CPU against simple references, `transformers` and matrix products.
 
     nox -s measure                       # run all jobs except loss
+    nox -s measure -- optimizers --rows 16 --precision fp32
     nox -s measure -- loss --text FILE   # train two models for 100 steps, about 10 minutes
 
 The model is nanoGPT's baby GPT: 6 layers, 6 heads, 384 channels, a block of 256 tokens and dropout
-0.2. A batch has 64 rows. The candidates take turns in one process, and the script prints medians.
-`transformers` is measured if it is installed.
+0.2. A batch has 64 rows, or 16 rows in the job "loss". The candidates take turns in one process,
+and the script prints medians. `transformers` is measured if it is installed.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from gpt_core import (
     to_hf_gpt2,
     train_steps,
 )
+from gpt_core.runtime import has_bf16
 
 CONFIG = GPTConfig()
 ROWS = 64
@@ -68,15 +70,14 @@ def take_turns(sides: dict[str, Step], rounds: int) -> dict[str, float]:
     return {name: median(values) for name, values in taken.items()}
 
 
-def batch(rows: int = ROWS) -> tuple[Tensor, Tensor]:
+def batch(rows: int) -> tuple[Tensor, Tensor]:
     x, y = torch.randint(CONFIG.vocab_size, (2, rows, CONFIG.block_size))
     return x, y
 
 
-def our_step(x: Tensor, y: Tensor) -> Step:
-    runtime = Runtime.resolve(device="cpu")
+def our_step(x: Tensor, y: Tensor, runtime: Runtime, optimizer_name: str = "adamw") -> Step:
     model = runtime.prepare(GPT(CONFIG))
-    optimizer = build_optimizer(model, learning_rate=1e-3)
+    optimizer = build_optimizer(model, optimizer_name, learning_rate=1e-3)
     source = itertools.repeat((x, y))
     return lambda: train_steps(model, source, optimizer, steps=1, runtime=runtime)
 
@@ -106,15 +107,15 @@ def has_transformers() -> bool:
     return True
 
 
-def products(rows: int) -> Step:
+def products(rows: int, runtime: Runtime) -> Step:
     """Return a function that computes only the matrix products of one training step.
 
     These are the products in the linear layers and the head, but not the products in attention.
     """
-    C, N = CONFIG.n_embd, rows * CONFIG.block_size
+    sliced = min(rows, max(1, runtime.micro_batch_tokens // CONFIG.block_size))
+    C, N = CONFIG.n_embd, sliced * CONFIG.block_size
     shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)] * CONFIG.n_layer
-    precision = Runtime.resolve(device="cpu").precision
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
     shapes.append((C, CONFIG.vocab_size))
     operands = {
         (i, o): [torch.randn(shape, dtype=dtype) for shape in ((N, i), (o, i), (N, o))]
@@ -122,7 +123,7 @@ def products(rows: int) -> Step:
     }
 
     def step() -> None:
-        for _ in range(ROWS // rows):
+        for _ in range(rows // sliced):
             for shape in shapes:
                 x, weight, grad = operands[shape]
                 F.linear(x, weight)
@@ -134,21 +135,21 @@ def products(rows: int) -> Step:
 
 def training(options: argparse.Namespace) -> None:
     """Print the time of one training step for each candidate."""
-    x, y = batch()
-    runtime = Runtime.resolve(device="cpu")
-    print(f"training step: {runtime}, {torch.get_num_threads()} threads")
+    x, y = batch(options.rows)
+    runtime = options.runtime
+    print(f"training step: {options.rows} rows, {runtime}, {torch.get_num_threads()} threads")
     sides = {
         "plain, fp32, dropout everywhere": plain_step(x, y),
-        "ours": our_step(x, y),
-        "matrix products alone": products(max(1, runtime.micro_batch_tokens // CONFIG.block_size)),
+        "ours": our_step(x, y, runtime),
+        "matrix products alone": products(options.rows, runtime),
     }
-    rows = dict.fromkeys(sides, ROWS)
+    rows = dict.fromkeys(sides, options.rows)
     if has_transformers():
         model = hugging_face(GPT(CONFIG), dropout=0.2).train()
         name = "transformers GPT2LMHeadModel, fp32"
         sides[name] = eager_step(model, lambda: model(x, labels=x).loss)
-        rows[name] = ROWS
-        few = ROWS if runtime.precision == "bf16" else 2  # emulated bf16 takes minutes
+        rows[name] = options.rows
+        few = options.rows if has_bf16(torch.device("cpu")) else 2  # emulated bf16 takes minutes
 
         def in_bf16() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
@@ -161,7 +162,7 @@ def training(options: argparse.Namespace) -> None:
     plain = found["plain, fp32, dropout everywhere"]
     for name, spent in found.items():
         rate = rows[name] * CONFIG.block_size / spent
-        times = plain * rows[name] / ROWS / spent
+        times = plain * rows[name] / options.rows / spent
         print(f"  {name:<58} {spent:8.2f} s {rate:9,.0f} tokens/s {times:6.2f}x")
     share = found["matrix products alone"] / found["ours"]
     print(f"  share of the limit that matrix products set: {share:.0%}")
@@ -181,14 +182,16 @@ def memory(options: argparse.Namespace) -> None:
     """Print the peak memory of a training step. Each model is measured in a new process."""
     if options.side:  # this process was started to measure one model
         before = peak_mib()
-        x, y = batch()
-        {"plain": plain_step, "ours": our_step}[options.side](x, y)()
+        x, y = batch(options.rows)
+        step = plain_step(x, y) if options.side == "plain" else our_step(x, y, options.runtime)
+        step()
         found = f"{peak_mib():7,.0f} MiB, of which {before:,.0f} MiB before the model"
         print(f"  {options.side:<6} {found}")
         return
     print("peak resident memory of a process that takes one training step:", flush=True)
     for side in ("plain", "ours"):
-        subprocess.run([sys.executable, __file__, "memory", "--side", side], check=True)
+        given = ["--rows", str(options.rows), "--precision", options.runtime.precision]
+        subprocess.run([sys.executable, __file__, "memory", "--side", side, *given], check=True)
 
 
 PARTS = {
@@ -204,9 +207,7 @@ PARTS = {
     "aten::copy": "copies",
     "aten::cat": "copies",
     "aten::fill": "copies",
-    "aten::_fused_adamw": "optimizer and clipping",
-    "aten::_foreach_addcdiv": "optimizer and clipping",
-    "aten::linalg_vector_norm": "optimizer and clipping",
+    "aten::linalg_vector_norm": "gradient clipping",
     "aten::mul": "products and sums by element",
     "aten::add": "products and sums by element",
     "aten::div": "products and sums by element",
@@ -216,21 +217,60 @@ PARTS = {
 }
 
 
+def part_of(event: Any) -> str:
+    """Return the kind of operation to which an event of the profiler belongs."""
+    parent = event
+    while parent is not None:
+        if parent.name.startswith("Optimizer.step"):
+            return "optimizer"
+        parent = parent.cpu_parent
+    name = event.name.removesuffix("_data").removesuffix("_backward").removesuffix("_")
+    return PARTS.get(name, "the rest")
+
+
 def profile(options: argparse.Namespace) -> None:
     """Print how much time of a training step each kind of operation takes."""
-    x, y = batch()
-    for name, step in (("plain", plain_step(x, y)), ("ours", our_step(x, y))):
+    x, y = batch(options.rows)
+    sides = {"plain, AdamW, fp32": plain_step(x, y)}
+    for name in ("adamw", "muon"):
+        sides[f"ours, {name}, {options.runtime.precision}"] = our_step(x, y, options.runtime, name)
+    for name, step in sides.items():
         step()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
             step()
         spent: Counter[str] = Counter()
-        for event in found.key_averages():
-            name_of = event.key.removesuffix("_data").removesuffix("_backward").removesuffix("_")
-            spent[PARTS.get(name_of, "the rest")] += event.self_cpu_time_total / 1e6
+        for event in found.events():
+            spent[part_of(event)] += event.self_cpu_time_total / 1e6
         total = sum(spent.values())
-        print(f"profile of one training step, {name}: {total:.2f} s")
+        print(f"profile of one training step with {options.rows} rows, {name}: {total:.2f} s")
         for part, value in spent.most_common():
             print(f"  {part:<34} {value:7.3f} s {value / total:6.1%}")
+
+
+def optimizers(options: argparse.Namespace) -> None:
+    """Print the time of the optimizer alone, beside a training step without it."""
+    x, y = batch(options.rows)
+    runtime = options.runtime
+    sides: dict[str, Step] = {}
+    model = runtime.prepare(GPT(CONFIG))
+    source = itertools.repeat((x, y))
+    nothing = torch.optim.SGD(model.parameters(), lr=0.0)
+    sides["a step without optimizer"] = lambda: train_steps(
+        model, source, nothing, steps=1, runtime=runtime
+    )
+    for name in ("adamw", "muon"):
+        candidate = GPT(CONFIG)
+        for parameter in candidate.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        sides[f"ours, {name}"] = build_optimizer(candidate, name, learning_rate=1e-3).step
+    matrices = [p for n, p in candidate.named_parameters() if p.dim() == 2 and ".h." in n]
+    sides["torch.optim.Muon, matrices alone"] = torch.optim.Muon(matrices, lr=1e-3).step
+    print(f"optimizers: {options.rows} rows, {runtime}, {torch.get_num_threads()} threads")
+    found = take_turns(sides, options.rounds)
+    rest = found["a step without optimizer"]
+    for name, spent in found.items():
+        share = "" if spent is rest else f" {spent / (spent + rest):6.1%} of a step"
+        print(f"  {name:<34} {spent:7.3f} s{share}")
 
 
 def load_text(path: Path) -> Tensor:
@@ -286,7 +326,7 @@ def loss(options: argparse.Namespace) -> None:
     copy_weights(plain, model)
     sides: dict[str, tuple[nn.Module, Runtime]] = {
         "plain": (plain, exact),
-        "ours": (model, Runtime.resolve(device="cpu")),
+        "ours": (model, options.runtime),
     }
     curves = {}
     print("step, training loss of the last ten steps, validation loss")
@@ -371,6 +411,7 @@ JOBS = {
     "training": training,
     "memory": memory,
     "profile": profile,
+    "optimizers": optimizers,
     "generation": generation,
     "loss": loss,
 }
@@ -385,7 +426,8 @@ def main() -> None:
         "--rounds", type=int, default=3, help="number of turns to take the median of"
     )
     parser.add_argument("--steps", type=int, default=100, help="training steps of loss")
-    parser.add_argument("--rows", type=int, default=16, help="batch size of loss")
+    parser.add_argument("--rows", type=int, help="batch size; default: 64, and 16 for loss")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--text", type=Path, help="text file; loss needs it")
     parser.add_argument("--save", type=Path, help="directory for the model that loss trains")
     parser.add_argument(
@@ -400,7 +442,10 @@ def main() -> None:
         parser.error(f"unknown job {unknown[0]!r}; allowed are {', '.join(JOBS)}")
     if "loss" in options.jobs and options.text is None:
         parser.error("loss needs --text FILE")
+    options.runtime = Runtime.resolve(device="cpu", precision=options.precision)
+    rows = options.rows
     for job in options.jobs or [name for name in JOBS if name != "loss"]:
+        options.rows = rows or (16 if job == "loss" else ROWS)
         torch.manual_seed(0)
         JOBS[job](options)
 
