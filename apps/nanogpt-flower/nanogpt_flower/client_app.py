@@ -195,6 +195,7 @@ def train_part(
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         momentum=settings.muon_momentum,
+        embedding_rate=settings.embedding_rate,
     )
     state = restore_state(context, valid_for=model, optimizer=optimizer)
     steps_before = state["steps"] if state else 0

@@ -122,6 +122,13 @@ class Settings:
         0.95,
         "Momentum of Muon.",
     )
+    embedding_rate: float = _setting(
+        1.0,
+        "Learning rate of the parameters that AdamW trains beside Muon, as a multiple of "
+        "`learning-rate`. They are the embeddings and the norms.",
+        "a number above 0 and at most 1",
+        lambda value: 0.0 < value <= 1.0,
+    )
     grad_clip: float = _finite(
         1.0,
         "Largest norm of a step's gradient. A longer gradient is scaled down. 0 means no limit.",

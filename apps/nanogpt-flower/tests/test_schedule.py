@@ -74,6 +74,7 @@ def test_all_settings_of_the_recipe_reach_the_training(
         "optimizer": "muon",
         "weight_decay": 0.5,
         "muon_momentum": 0.8,
+        "embedding_rate": 0.3,
         "grad_clip": 0.3,
         "windows": "disjoint",
         "max_steps": 6,
@@ -85,7 +86,9 @@ def test_all_settings_of_the_recipe_reach_the_training(
     ours = build_model(to_clients, here)
     torch.manual_seed(0)
     plain = build_model(to_clients, here)
-    optimizer = build_optimizer(plain, "muon", learning_rate=1.0, weight_decay=0.5, momentum=0.8)
+    optimizer = build_optimizer(
+        plain, "muon", learning_rate=1.0, weight_decay=0.5, momentum=0.8, embedding_rate=0.3
+    )
     for server_round in (1, 2):
         train(ours, ConfigRecord({**to_clients, "server-round": server_round}), here)
         seed = client_seed(settings, "partition 0000 of 2", server_round)

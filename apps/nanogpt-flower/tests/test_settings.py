@@ -96,6 +96,8 @@ FINITE = "a finite number of at least 0"
         ("warmup-steps", -1, COUNT_OR_ZERO),
         ("weight-decay", 11.0, "a number from 0 to 10"),
         ("muon-momentum", 1.0, FRACTION_WITHOUT_ONE),
+        ("embedding-rate", 0.0, FRACTION_WITHOUT_ZERO),
+        ("embedding-rate", 2.0, FRACTION_WITHOUT_ZERO),
         ("grad-clip", INFINITY, FINITE),
         ("windows", "all", '"random" or "disjoint"'),
         ("optimizer", "sgd", '"adamw" or "muon"'),

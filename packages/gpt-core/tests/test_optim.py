@@ -96,11 +96,12 @@ def test_an_update_is_computed_from_the_momentum_in_nesterovs_form() -> None:
     torch.testing.assert_close(weight.detach(), expected)
 
 
-def test_other_parameters_are_updated_as_by_torchs_adamw() -> None:
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_other_parameters_are_updated_as_by_torchs_adamw(rate: float) -> None:
     torch.manual_seed(2)
     ours, theirs = (nn.Parameter(torch.ones(7)) for _ in range(2))
-    mine = Muon([], [ours], lr=0.01)
-    reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    mine = Muon([], [ours], lr=0.01, others_rate=rate)
+    reference = torch.optim.AdamW([theirs], lr=0.01 * rate, betas=(0.9, 0.95), weight_decay=0.0)
     for _ in range(5):
         ours.grad = theirs.grad = torch.randn(7)
         mine.step()
@@ -285,3 +286,9 @@ def test_a_negative_warm_up_is_named() -> None:
 def test_a_momentum_that_cannot_work_is_named(model: GPT, momentum: float) -> None:
     with pytest.raises(ConfigError, match=f"momentum is {momentum}; it must be at least 0"):
         build_optimizer(model, "muon", learning_rate=1.0, momentum=momentum)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
+def test_a_bad_rate_of_the_embeddings_is_refused(model: GPT, rate: float) -> None:
+    with pytest.raises(ConfigError, match=f"embedding_rate is {rate}; it must be greater than 0"):
+        build_optimizer(model, "muon", learning_rate=1e-3, embedding_rate=rate)

@@ -98,6 +98,7 @@ class Muon(Optimizer):
         momentum: Muon's momentum, in Nesterov's form.
         betas: AdamW's decay rates for the running means of the gradient and the squared gradient.
         eps: AdamW's constant in the denominator.
+        others_rate: learning rate of AdamW, as a multiple of `lr`.
         blocks: a function that takes a matrix and returns into how many blocks its rows and its
             columns are cut, for example (3, 1) for a fused QKV matrix. Each block is orthogonalised
             alone.
@@ -115,6 +116,7 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        others_rate: float = 1.0,
         blocks: Callable[[nn.Parameter], tuple[int, int]] = lambda _: (1, 1),
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -127,7 +129,8 @@ class Muon(Optimizer):
             {"params": group, "muon": True, "momentum": momentum, "blocks": counts, **shared}
             for counts, group in by_blocks.items()
         ]
-        groups.append({"params": list(others), "muon": False, **shared, "weight_decay": 0.0})
+        adamw = {"muon": False, "rate": others_rate, **shared, "weight_decay": 0.0}
+        groups.append({"params": list(others), **adamw})
         super().__init__(groups, {"betas": betas, "eps": eps, "momentum": momentum})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,7 +201,8 @@ class Muon(Optimizer):
         mean = state["exp_avg"].lerp_(grad, 1 - beta1)
         square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         deviation = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(mean, deviation, value=-group["lr"] / (1 - beta1 ** state["step"]))
+        rate = group["lr"] * group["rate"]
+        parameter.addcdiv_(mean, deviation, value=-rate / (1 - beta1 ** state["step"]))
 
 
 def _wide_blocks(matrix: Tensor, rows: int, columns: int) -> Tensor:
@@ -232,6 +236,7 @@ def build_optimizer(
     learning_rate: float,
     weight_decay: float = 0.1,
     momentum: float = 0.95,
+    embedding_rate: float = 1.0,
 ) -> Optimizer:
     """Build an optimizer for a GPT.
 
@@ -243,7 +248,9 @@ def build_optimizer(
             weight decay for embeddings, norms, biases and the head.
         learning_rate: a finite number above 0.
         weight_decay: a finite number of at least 0.
-        momentum: Muon's momentum, at least 0 and less than 1. AdamW does not use it.
+        momentum: Muon's momentum, at least 0 and less than 1. "adamw" does not use it.
+        embedding_rate: with "muon", the learning rate of all parameters that AdamW trains, as a
+            multiple of `learning_rate`. It must be finite and above 0. "adamw" does not use it.
 
     Raises:
         ConfigError: if the name is unknown, or if a number is out of range.
@@ -256,6 +263,10 @@ def build_optimizer(
         raise ConfigError(f"weight_decay is {weight_decay!r}; it must be at least 0 and finite")
     if not 0 <= momentum < 1:
         raise ConfigError(f"momentum is {momentum!r}; it must be at least 0 and less than 1")
+    if not 0 < embedding_rate < math.inf:
+        raise ConfigError(
+            f"embedding_rate is {embedding_rate!r}; it must be greater than 0 and finite"
+        )
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if name == "adamw":
         decayed = [p for _, p in named if p.dim() >= 2]
@@ -274,6 +285,7 @@ def build_optimizer(
             lr=learning_rate,
             weight_decay=weight_decay,
             momentum=momentum,
+            others_rate=embedding_rate,
             blocks=lambda parameter: blocks.get(id(parameter), (1, 1)),
         )
     raise ConfigError(f"optimizer is {name!r}; allowed are {', '.join(OPTIMIZERS)}")
