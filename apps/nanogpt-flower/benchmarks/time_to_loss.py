@@ -1,7 +1,7 @@
 """Measure the time to a validation loss of 2.52 of the baby GPT, here and on a plain path.
 
-    nox -s reach                    # about 90 minutes on two cores, most of them for the plain path
-    nox -s reach -- --loss 3.0      # a first impression
+    nox -s reach                         # about 90 minutes, most of them for the plain path
+    nox -s reach -- --loss 4 --steps 5   # a first impression
 
 One side is `nanogpt-flower run fast`. Its time is the wall time of the whole command, from the
 start of the process to the last result of the run.
@@ -34,7 +34,7 @@ from shakespeare_data import (
 sys.path.insert(0, str(Path(__file__).parents[3] / "packages" / "gpt-core" / "benchmarks"))
 from plain import PlainGPT
 
-CLIENTS, STEPS, ROWS, LEARNING_RATE, DROPOUT = 2, 50, 64, 1e-3, 0.2
+CLIENTS, ROWS, LEARNING_RATE, DROPOUT = 2, 64, 1e-3, 0.2
 
 
 def fast_run(loss: float, seed: int) -> float:
@@ -53,7 +53,7 @@ def fast_run(loss: float, seed: int) -> float:
     return seconds
 
 
-def plain_path(loss: float, seed: int) -> float:
+def plain_path(loss: float, seed: int, steps: int) -> float:
     """Train on the plain path until the loss is low enough, and return the seconds."""
     started = time.monotonic()
     corpus = load_corpus("tiny-shakespeare")
@@ -75,7 +75,7 @@ def plain_path(loss: float, seed: int) -> float:
             batches = Batches(
                 part.train, ROWS, config.block_size, seed=[seed, client, server_round]
             )
-            train_steps(model, batches, optimizer, steps=STEPS, runtime=runtime)
+            train_steps(model, batches, optimizer, steps=steps, runtime=runtime)
             for name, tensor in model.state_dict().items():
                 mean[name] += tensor / CLIENTS
         model.load_state_dict(mean)
@@ -93,11 +93,12 @@ def plain_path(loss: float, seed: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--loss", type=float, default=2.52)
+    parser.add_argument("--steps", type=int, default=50, help="steps in a round of the plain path")
     parser.add_argument("--seed", type=int, default=1337)
     options = parser.parse_args()
     print(f"{Runtime.resolve(device='cpu')}, {torch.get_num_threads()} threads", flush=True)
     before = fast_run(options.loss, options.seed)
-    plain = plain_path(options.loss, options.seed)
+    plain = plain_path(options.loss, options.seed, options.steps)
     after = fast_run(options.loss, options.seed)
     fast = (before + after) / 2
     print(f"plain path {plain:.0f} s, preset fast {fast:.0f} s: {plain / fast:.1f} times faster")

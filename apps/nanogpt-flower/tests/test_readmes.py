@@ -113,6 +113,7 @@ RULES = [  # the first rule that matches applies
     Rule(r"nox -s measure -- loss", NOX, "--steps 1 --rows 1", ("FILE", "{room}/my.txt")),
     Rule(r"nox -s corpora$", NOX, "-- mapped"),
     Rule(r"nox -s many$", NOX, "-- --clients 2"),
+    Rule(r"nox -s reach$", NOX, "-- --loss 9 --steps 1"),
     Rule(
         r"nox -s codecs$",
         NOX,
