@@ -135,7 +135,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def measure(session: nox.Session) -> None:
-    """Measure gpt-core on this CPU. Arguments: [training|memory|profile|optimizers|... ...]."""
+    """Measure gpt-core on this CPU. Arguments: [job ...] [--rows N]; see --help."""
     install(session, "packages/gpt-core[parity]")
     session.run("python", "packages/gpt-core/benchmarks/cpu.py", *session.posargs)
 

@@ -1,7 +1,7 @@
 """Measure gpt-core on this CPU against simple references, `transformers` and matrix products.
 
     nox -s measure                       # run all jobs except loss
-    nox -s measure -- optimizers --rows 16 --precision fp32
+    nox -s measure -- optimizers --rows 16
     nox -s measure -- loss --text FILE   # train two models for 100 steps, about 10 minutes
 
 The model is nanoGPT's baby GPT: 6 layers, 6 heads, 384 channels, a block of 256 tokens and dropout
@@ -112,7 +112,7 @@ def products(rows: int, runtime: Runtime) -> Step:
 
     These are the products in the linear layers and the head, but not the products in attention.
     """
-    sliced = min(rows, max(1, runtime.micro_batch_tokens // CONFIG.block_size))
+    sliced = math.gcd(rows, max(1, runtime.micro_batch_tokens // CONFIG.block_size))
     C, N = CONFIG.n_embd, sliced * CONFIG.block_size
     shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)] * CONFIG.n_layer
     dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
@@ -248,7 +248,10 @@ def profile(options: argparse.Namespace) -> None:
 
 
 def optimizers(options: argparse.Namespace) -> None:
-    """Print the time of the optimizer alone, beside a training step without it."""
+    """Print the time of the optimizer alone, beside a training step without it.
+
+    `--precision` changes the step alone. Muon takes bf16 wherever the hardware has it.
+    """
     x, y = batch(options.rows)
     runtime = options.runtime
     sides: dict[str, Step] = {}
